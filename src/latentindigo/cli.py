@@ -1,0 +1,585 @@
+"""The command line: parse, build the same settings everybody else builds, call, report.
+
+Nothing heavy is imported at the top: `latentindigo --help` must answer at once and without PyTorch. Results go to
+stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentindigo import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from latentindigo.jobs import Outcome, RestoreSettings
+    from latentindigo.planning import Task
+
+__all__ = ["ExitCode", "app", "main"]
+
+
+class ExitCode(IntEnum):
+    """What the exit status of a command means."""
+
+    DONE = 0
+    SOME_FAILED = 1
+    USAGE = 2
+    MODEL = 3
+    RESOURCES = 4
+
+
+_EXIT_CODES = (
+    "[bold]Exit codes[/bold]  0 all done · 1 some inputs failed, the rest is done · 2 wrong usage · "
+    "3 the model could not be loaded · 4 out of memory or disk"
+)
+_INPUT, _QUALITY, _SPEED, _OUTPUT = "Input", "Quality", "Speed", "Output"
+_PRESET = "the preset's"
+
+app = typer.Typer(
+    name="latentindigo",
+    help="Restore blurred, noisy, small or over-compressed photos; see which detail was measured and which invented.",
+    epilog=_EXIT_CODES,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"latentindigo {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that belong to no command."""
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  $ {line}" for line in lines), _EXIT_CODES])
+
+
+def _console() -> Console:
+    """Console for messages: stderr, made anew so that it follows whatever stderr is now."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _fail(console: Console, error: BaseException | str, code: ExitCode) -> typer.Exit:
+    console.print("error:", style="bold red", end=" ")
+    console.print(" ".join(str(error).split()) or type(error).__name__, markup=False)
+    return typer.Exit(code)
+
+
+@contextmanager
+def _exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
+    """Turn the failures that end a command into one line on stderr and the documented exit code.
+
+    Args:
+        console: Where the line goes.
+        **codes: Exit codes of built-in exceptions, by name, where they differ from `SOME_FAILED`.
+    """
+    from latentindigo.jobs import failure_kind
+
+    by_kind = {"memory": ExitCode.RESOURCES, "disk": ExitCode.RESOURCES, "model": ExitCode.MODEL}
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        named = next((codes[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in codes), None)
+        code = by_kind.get(failure_kind(error)) or named or ExitCode.SOME_FAILED
+        raise _fail(console, error, code) from error
+
+
+@contextmanager
+def _short_warnings(console: Console) -> Iterator[None]:
+    """Show warnings as one line each, the same one only once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            console.print("warning:", style="yellow", end=" ")
+            console.print(text, markup=False)
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise typer.BadParameter(f"expected WIDTHxHEIGHT in pixels such as 1920x1080, got {text!r}")
+    return int(width), int(height)
+
+
+def _tile(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or int(text) < 256:
+        raise typer.BadParameter(f"expected 'auto', 'off' or at least 256 pixels, got {text!r}")
+    return int(text)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+_Model = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="'embedded', a model folder, or a hub id user/repo.", rich_help_panel=_INPUT),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 or mps.",
+        show_default="an accelerator if there is one",
+        rich_help_panel=_SPEED,
+    ),
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, max=1024, help="CPU threads.", show_default="PyTorch's choice", rich_help_panel=_SPEED
+    ),
+]
+
+
+@app.command(
+    help="Restore photos.\n\nPhotos keep their orientation, colour profile, transparency, greyness and 16 bits. "
+    "A photo that fails is reported and the others are done; nothing is overwritten without --overwrite.",
+    epilog=_examples(
+        "latentindigo restore holiday.jpg -o holiday-large.png",
+        "latentindigo restore old-photos/ -o restored/ --recursive --scale 2 --preset faithful",
+        "latentindigo restore cat.jpg -o out/ --num-samples 4 --detail-map --uncertainty-map --json",
+    ),
+)
+def restore(
+    photos: Annotated[
+        list[Path], typer.Argument(metavar="PHOTO_OR_FOLDER", help="Photos, or folders of photos.", exists=True)
+    ],
+    *,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Also restore folders inside folders.", rich_help_panel=_INPUT)
+    ] = False,
+    model: _Model = "embedded",
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another latent diffusion model to sample with: a folder or a hub id.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    preset: Annotated[
+        Literal["faithful", "default", "vivid"],
+        typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=_QUALITY),
+    ] = "default",
+    fidelity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Slide between vivid (0) and faithful (1).",
+            show_default=_PRESET,
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["latent-inn", "pixel-inn", "unguided"] | None,
+        typer.Option(
+            help="Guide in latent space (fast), in image space, or not at all.",
+            show_default=_PRESET,
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    update: Annotated[
+        Literal["projection", "stopped", "through"] | None,
+        typer.Option(
+            help="Guide without a gradient, with one that stops at the denoiser, or with one through it.",
+            show_default=_PRESET,
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    init: Annotated[
+        Literal["estimator", "encode", "inverse", "noise"] | None,
+        typer.Option(
+            help="What sampling starts from: a quick estimate, the enlarged photo, the inverse network, or noise.",
+            show_default=_PRESET,
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of noise at the start: above 0, up to 1 for pure noise.",
+            show_default=_PRESET,
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=_QUALITY),
+    ] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Seed of the first result; result k uses seed + k.", rich_help_panel=_QUALITY
+        ),
+    ] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Denoiser evaluations.",
+            show_default=_PRESET,
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
+    tile: Annotated[
+        Any,
+        typer.Option(
+            metavar="PIXELS",
+            parser=_tile,
+            help="Side of a tile in output pixels (256 or more), 'auto' or 'off'; smaller tiles need less memory.",
+            rich_help_panel=_SPEED,
+        ),
+    ] = "auto",
+    device: _Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Numbers the networks compute with.", show_default="float32", rich_help_panel=_SPEED),
+    ] = None,
+    threads: _Threads = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE_OR_FOLDER",
+            help="Where results go: a folder or, for one photo, a name ending in .png, .jpg, .webp or .tif.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ],
+    scale: Annotated[
+        float,
+        typer.Option(metavar="FACTOR", min=1, max=16, help="Output size over input size.", rich_help_panel=_OUTPUT),
+    ] = 4.0,
+    size: Annotated[
+        Any,
+        typer.Option(
+            metavar="WxH",
+            parser=_size,
+            help="Output size in pixels instead of --scale; the aspect is kept, the photo fits inside.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    crop: Annotated[
+        bool, typer.Option("--crop", help="With --size: cut to its aspect and fill it.", rich_help_panel=_OUTPUT)
+    ] = False,
+    detail_map: Annotated[
+        bool,
+        typer.Option(
+            "--detail-map", help="Also write NAME.detail.png: which detail was invented.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
+    uncertainty_map: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty-map",
+            help="Also write NAME.uncertainty.png: how far the samples differ (--num-samples 2 or more).",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per photo on stdout.", rich_help_panel=_OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the settings and the files that would be written.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
+) -> None:
+    """Parse, plan, run; see `latentindigo restore --help`."""
+    console = _console()
+    with _short_warnings(console), _exit_codes(console, ValueError=ExitCode.USAGE):
+        from latentindigo import jobs
+        from latentindigo.planning import plan_tasks
+
+        settings = jobs.RestoreSettings(
+            scale=scale,
+            size=size,
+            crop=crop,
+            preset=preset,
+            method=method,
+            update=update,
+            init=init,
+            steps=steps,
+            strength=strength,
+            fidelity=fidelity,
+            num_samples=num_samples,
+            seed=seed,
+            tile=tile,
+        )
+        tasks = plan_tasks(
+            photos,
+            out,
+            recursive=recursive,
+            num_samples=num_samples,
+            detail_map=detail_map,
+            uncertainty_map=uncertainty_map,
+        )
+        if dry_run:
+            _print_plan(jobs.resolve_settings(settings, model), tasks, as_json)
+            return
+        _set_threads(threads)
+        outcomes = _run(
+            console,
+            tasks,
+            settings,
+            lambda: jobs.load_pipeline(model, prior=prior, dtype=dtype, device=device),
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if any(outcome.kind in ("memory", "disk") for outcome in failed):
+        raise typer.Exit(ExitCode.RESOURCES)
+    if failed:
+        raise typer.Exit(ExitCode.SOME_FAILED)
+
+
+def _print_plan(settings: dict[str, Any], tasks: list[Task], as_json: bool) -> None:
+    for task in tasks:
+        files = [str(path) for path in task.files]
+        if as_json:
+            planned = {"input": str(task.source), "status": "planned", "files": files, "settings": settings}
+            typer.echo(json.dumps(planned))
+        else:
+            typer.echo(f"{task.source} -> {', '.join(files)}")
+    if not as_json:
+        for name, value in settings.items():
+            typer.echo(f"{name}: {json.dumps(value)}")
+
+
+def _run(
+    console: Console,
+    tasks: list[Task],
+    settings: RestoreSettings,
+    get_pipe: Any,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> list[Outcome]:
+    """Restore with a progress bar on stderr; print each result as soon as it is there."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from latentindigo.jobs import restore_files
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    outcomes = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        photos = bar.add_task("photos", total=len(tasks), status="")
+
+        def on_step(task: Task, done: int) -> None:
+            bar.update(photos, status=f"{task.source.name}: step {done}")
+
+        for outcome in restore_files(get_pipe, tasks, settings, overwrite=overwrite, on_step=on_step):
+            outcomes.append(outcome)
+            bar.update(photos, advance=1, status="")
+            _report(console, outcome, as_json)
+    done = sum(outcome.status == "done" for outcome in outcomes)
+    if len(outcomes) > 1 or done < len(outcomes):
+        console.print(f"{done} restored, {len(outcomes) - done} failed", markup=False)
+    return outcomes
+
+
+def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
+    if outcome.status != "done":
+        console.print("failed:", style="bold red", end=" ")
+        console.print(f"{outcome.task.source}: {outcome.error}", markup=False)
+    if as_json:
+        typer.echo(json.dumps(outcome.as_json()))
+    elif outcome.status == "done":
+        for path in outcome.task.files:
+            typer.echo(str(path))
+
+
+@app.command(
+    help="Train one part of the model on a folder of photos.\n\nRuns on a CPU and on an accelerator; "
+    "`accelerate launch -m latentindigo train ...` uses several.",
+    epilog=_examples(
+        "latentindigo train estimator photos/ --out runs/estimator",
+        "latentindigo train denoiser photos/ --recipe my-denoiser.toml --out runs/denoiser --resume",
+        "latentindigo train latent-inn photos/ --out runs/latent-inn --init-from embedded --steps 2000",
+    ),
+)
+def train(
+    part: Annotated[
+        Literal["autoencoder", "denoiser", "estimator", "pixel-inn", "latent-inn"],
+        typer.Argument(metavar="PART", help="Part of the model to train."),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of photos, searched with the folders inside it.",
+            exists=True,
+            file_okay=False,
+        ),
+    ],
+    *,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Recipe (TOML).",
+            show_default="the part's own",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Start from a model's weights: 'embedded', a folder, or a hub id.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the run folder's checkpoint, to the numbers of a run that was never stopped.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Optimiser steps.", show_default="the recipe's", rich_help_panel=_SPEED),
+    ] = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            file_okay=False,
+            help="Run folder: checkpoint, log, curves, sample grids, final weights.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ],
+) -> None:
+    """Train one part; see `latentindigo train --help`."""
+    console = _console()
+    with _exit_codes(console, ValueError=ExitCode.USAGE, FileNotFoundError=ExitCode.MODEL):
+        from latentindigo import training
+
+        _set_threads(threads)
+        final = training.train(
+            part,
+            data,
+            recipe,
+            out,
+            init_from=init_from,
+            resume=resume,
+            overrides={} if steps is None else {"steps": steps},
+            device=device,
+            progress=True,
+        )
+    typer.echo(str(final))
+
+
+@app.command(epilog=_examples("latentindigo info", "latentindigo info --json --model my-model/"))
+def info(
+    model: _Model = "embedded",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Print the version, the model and its hashes, devices, dtypes and optional parts."""
+    console = _console()
+    with _short_warnings(console), _exit_codes(console):
+        from latentindigo import jobs
+        from latentindigo.installation import describe_installation
+
+        facts = describe_installation(model, jobs.load_pipeline)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        _print_facts(facts)
+    if facts["model"]["error"] is not None:
+        raise _fail(console, facts["model"]["error"], ExitCode.MODEL)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    model = facts["model"]
+    typer.echo(f"latentindigo {facts['version']}, Python {facts['python']}, {facts['platform']}")
+    packages = (f"{name} {number or 'absent'}" for name, number in facts["packages"].items())
+    typer.echo(f"packages: {', '.join(packages)}")
+    typer.echo(f"model: {model['name']} ({model['folder'] or 'not found'})")
+    typer.echo(f"hash: {model['hash'] or 'not loaded'}")
+    for name, digest in model["files"].items():
+        typer.echo(f"  {name}: sha256 {digest}")
+    for device in facts["devices"]:
+        memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
+        typer.echo(f"device: {device['device']} ({device['name']}{memory})")
+    typer.echo(f"threads: {facts['threads']}")
+    typer.echo(f"dtypes: {', '.join(facts['dtypes'])}")
+    optional = (f"{name} {'present' if there else 'absent'}" for name, there in facts["optional"].items())
+    typer.echo(f"optional parts: {', '.join(optional)}")

@@ -1,0 +1,801 @@
+"""The only place where pixels meet files: loading, saving, Pillow's own JPEG and resize, and comparison sheets.
+
+A picture enters as a `LoadedImage`: RGB in [0, 1] plus everything that has to survive the restoration untouched (alpha,
+colour profile, EXIF, bit depth, being grey). It leaves through `save_image`, which writes all of that back and never
+leaves half a file behind.
+
+Pillow has no 16-bit colour mode. Such files are decoded twice through Pillow, once for the high and once for the low
+bytes of every sample, and written by the small PNG and TIFF encoders at the end of this module.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+__all__ = [
+    "READ_SUFFIXES",
+    "WRITE_SUFFIXES",
+    "ImageReadError",
+    "LoadedImage",
+    "contact_sheet",
+    "from_pil",
+    "list_images",
+    "load_image",
+    "pil_jpeg",
+    "pil_resize",
+    "read_metadata",
+    "save_image",
+    "to_pil",
+]
+
+READ_SUFFIXES = frozenset(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
+WRITE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+METADATA_KEY = "latentindigo"
+
+# Pillow can open far more; some of it (EPS, WMF) starts other programs, so only picture formats are tried.
+_READ_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+# What Pillow raises on damaged files depends on the format and on the byte that is wrong.
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    SyntaxError,
+    EOFError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# IFD0 tags of a TIFF that describe the stored samples, not the photo; copied into another file they would be lies.
+_STRUCTURAL_TAGS = frozenset(
+    [*range(254, 260), 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 290, 291, 292, 293]
+    + [297, 301, 317, 318, 319, 320, *range(321, 326), 330, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 347]
+    + [*range(512, 522), 529, 530, 531, 532, 700, 33723, 34377, 34675]
+)
+_USER_COMMENT = 0x9286
+_PIXEL_WIDTH, _PIXEL_HEIGHT = 0xA002, 0xA003
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "area": Image.Resampling.BOX,
+}
+
+
+class ImageReadError(ValueError):
+    """A file that cannot be read as a picture; the message is one sentence fit to show to a user."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedImage:
+    """A picture as the pipeline sees it, with what must survive the restoration.
+
+    Attributes:
+        rgb: Pixels, float32, (3, H, W), [0, 1]; a grey picture holds its one channel three times.
+        alpha: Opacity, (1, H, W), [0, 1], or None. Colours are not multiplied by it.
+        mode: "RGB", or "L" for a picture that is grey and stays grey.
+        bits: Bits per sample of the source, 8 or 16, used again by formats that can hold them.
+        icc: Colour profile, or None. Pixels are in this profile's space; nothing converts them.
+        exif: EXIF block with orientation removed (it is applied to the pixels), or None.
+        name: File name for messages.
+    """
+
+    rgb: Float[Tensor, "3 h w"]
+    alpha: Float[Tensor, "1 h w"] | None = None
+    mode: str = "RGB"
+    bits: int = 8
+    icc: bytes | None = None
+    exif: bytes | None = None
+    name: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.rgb.ndim != 3 or self.rgb.shape[0] != 3:
+            raise ValueError(f"LoadedImage.rgb: expected (3, H, W), got {tuple(self.rgb.shape)}; repeat a grey channel")
+        if self.alpha is not None and self.alpha.shape != (1, *self.rgb.shape[1:]):
+            raise ValueError(
+                f"LoadedImage.alpha: expected {(1, *self.rgb.shape[1:])} to match rgb, got {tuple(self.alpha.shape)}; "
+                "resize it with the picture"
+            )
+        if self.mode not in ("RGB", "L") or self.bits not in (8, 16):
+            raise ValueError(
+                f"LoadedImage: expected mode RGB or L and 8 or 16 bits, got {self.mode!r}, {self.bits}; convert first"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.rgb.shape[2], self.rgb.shape[1]
+
+    @property
+    def is_uint16(self) -> bool:
+        """Whether the source had 16 bits per sample."""
+        return self.bits == 16
+
+    def replace_pixels(self, rgb: Float[Tensor, "3 h2 w2"], alpha: Float[Tensor, "1 h2 w2"] | None) -> LoadedImage:
+        """Give new pixels, of any size, to the same picture: mode, bits, profile, EXIF and name stay.
+
+        Args:
+            rgb: New pixels, (3, H', W'), [0, 1].
+            alpha: New opacity, (1, H', W'), [0, 1], or None for an opaque result.
+
+        Returns:
+            A new `LoadedImage`.
+        """
+        return replace(self, rgb=rgb, alpha=alpha)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
+    """Pictures in a folder by file name ending, in an order that is the same on every machine.
+
+    Args:
+        folder: Folder to search.
+        recursive: Also search the folders inside it.
+
+    Returns:
+        Paths that start with `folder`, sorted by their parts. Hidden files and folders are left out.
+
+    Raises:
+        ValueError: `folder` is not a folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"list_images: expected a folder, got '{root}'; pass an existing folder")
+    found = [
+        path
+        for path in (root.rglob("*") if recursive else root.glob("*"))
+        if path.suffix.lower() in READ_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    ]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
+    """Read a picture upright, with everything that has to survive.
+
+    The EXIF orientation is applied. Palette pictures become RGB, CMYK becomes sRGB (through its profile if it has one)
+    at 8 bits, of an animation the first frame counts. 16-bit grey, RGB and RGBA PNG and TIFF files keep all their bits.
+
+    Args:
+        source: Path, or the bytes of a file.
+
+    Returns:
+        The picture, float32 on the CPU.
+
+    Raises:
+        ImageReadError: The file is missing, damaged, too large for Pillow's limit, or no picture.
+    """
+    if isinstance(source, bytes):
+        data, name = source, "image"
+    else:
+        name = Path(source).name
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise ImageReadError(f"'{source}' cannot be opened: {error.strerror or error}.") from error
+    if not data:
+        raise ImageReadError(f"'{name}' is empty.")
+    try:
+        with _open(data) as image:
+            return _convert(image, name, _wide_samples(data, image, name))
+    except ImageReadError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageReadError(
+            f"'{name}' is damaged or not a picture in a known format (PNG, JPEG, WebP, TIFF, BMP, GIF, ...)."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageReadError(
+            f"'{name}' has more pixels than Pillow agrees to open; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' is damaged or cut short: {_one_line(error)}.") from error
+
+
+def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
+    """Turn a Pillow image of any mode into a `LoadedImage`; orientation is applied, the argument is left alone.
+
+    Args:
+        image: Pillow image.
+        name: Name for messages.
+
+    Returns:
+        The picture, float32 on the CPU.
+
+    Raises:
+        ImageReadError: The mode cannot be shown as RGB, or loading its file fails.
+    """
+    try:
+        return _convert(image.copy(), name, None)
+    except ImageReadError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' cannot be converted to RGB: {_one_line(error)}.") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _open(data: bytes) -> Image.Image:
+    Image.init()  # loads all of Pillow's formats once; naming one that is not loaded is an error
+    return Image.open(io.BytesIO(data), formats=[form for form in _READ_FORMATS if form in Image.OPEN])
+
+
+def _tag(image: Image.Image, tag: int) -> Any:
+    return getattr(image, "tag_v2", {}).get(tag)
+
+
+def _wide_samples(data: bytes, image: Image.Image, name: str) -> np.ndarray | None:
+    """Full 16-bit samples (H, W, 2 to 4 channels), or None where Pillow's own decoding keeps everything.
+
+    Pillow reads a 16-bit colour sample as its high byte. Asking for the opposite byte order makes it read the low byte,
+    whatever the compression, interlacing or tiling, so two passes give all 16 bits.
+    """
+    if image.format not in ("PNG", "TIFF"):
+        return None
+    if image.format == "TIFF" and _tag(image, 284) == 2 and 16 in (_tag(image, 258) or ()):
+        raise ImageReadError(f"'{name}' keeps its 16-bit channels in separate planes; save it with interleaved ones.")
+    tiles = getattr(image, "tile", [])
+    raw_modes = {str(tile.args if isinstance(tile.args, str) else tile.args[0]) for tile in tiles}
+    if len(raw_modes) != 1:
+        return None
+    family, _, order = raw_modes.pop().rpartition(";16")
+    if (family, order) == ("LA", "B"):
+        # Read as four 8-bit channels, a grey-alpha pixel is the high and low byte of each sample in turn.
+        pairs = _pass(data, "RGBA").astype(np.uint16)
+        return pairs[..., 0::2] << 8 | pairs[..., 1::2]
+    if family not in ("RGB", "RGBA", "RGBX", "RGBa") or order not in ("L", "B", "N"):
+        return None
+    order = order if order != "N" else {"little": "L", "big": "B"}[sys.byteorder]
+    plain = family.replace("a", "A")  # "RGBa" would divide by alpha in 8 bits
+    high, low = (_pass(data, f"{plain};16{o}").astype(np.uint16) for o in (order, "B" if order == "L" else "L"))
+    wide = high << 8 | low
+    if family == "RGBa":
+        opacity = np.maximum(wide[..., 3:].astype(np.float64), 1) / 65535
+        colour = np.minimum(wide[..., :3] / opacity, 65535)
+        wide = np.concatenate([np.rint(colour).astype(np.uint16), wide[..., 3:]], axis=2)
+    return wide
+
+
+def _pass(data: bytes, raw_mode: str) -> np.ndarray:
+    """Decode once with Pillow, taking its samples in `raw_mode`; upright."""
+    image = _open(data)
+    if not isinstance(image, ImageFile.ImageFile):
+        raise ValueError(f"no decoder for {image.format}")
+    image.tile = [
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
+        for tile in image.tile
+    ]
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _convert(image: Image.Image, name: str, wide: np.ndarray | None) -> LoadedImage:
+    """Upright pixels, alpha and extras of a Pillow image; `wide` holds the samples where Pillow would narrow them."""
+    icc, key = image.info.get("icc_profile"), image.info.get("transparency")
+    white_is_zero = image.format == "TIFF" and _tag(image, 262) == 0
+    bits = 16
+    alpha = None
+    if wide is not None:
+        exif = _kept_exif(image, name)
+        colours = 1 if wide.shape[2] == 2 else 3
+        samples, alpha = wide[..., :colours], wide[..., colours:]
+        if isinstance(key, tuple):
+            alpha = _colour_key_alpha(samples, key)
+    elif image.mode.startswith("I"):
+        samples = np.asarray(ImageOps.exif_transpose(image))[..., None]
+        exif = _kept_exif(image, name)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise ImageReadError(f"'{name}' holds 32-bit values; convert it to 8 or 16 bits per channel first.")
+        samples = samples.astype(np.uint16)
+        if isinstance(key, int):
+            alpha = _colour_key_alpha(samples, (key,))
+        if white_is_zero:
+            samples = 65535 - samples
+    else:
+        image.load()
+        exif = _kept_exif(image, name)
+        bits = 8
+        flat, icc = _to_8bit(ImageOps.exif_transpose(image), name, icc)
+        values = np.asarray(flat)
+        values = values[..., None] if values.ndim == 2 else values
+        colours = 1 if flat.mode in ("L", "LA") else 3
+        samples, alpha = values[..., :colours], values[..., colours:]
+    return LoadedImage(
+        rgb=_to_tensor(samples, bits).expand(3, -1, -1).contiguous(),
+        alpha=_to_tensor(alpha, bits) if alpha is not None and alpha.shape[2] else None,
+        mode="L" if samples.shape[2] == 1 else "RGB",
+        bits=bits,
+        icc=icc,
+        exif=exif,
+        name=name,
+    )
+
+
+def _to_tensor(samples: np.ndarray, bits: int) -> Tensor:
+    return torch.from_numpy(samples.astype(np.float32) / np.float32(2**bits - 1)).permute(2, 0, 1).contiguous()
+
+
+def _colour_key_alpha(samples: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    opaque = (samples != np.array(key)).any(axis=2, keepdims=True)
+    return opaque.astype(np.uint16) * 65535
+
+
+def _to_8bit(image: Image.Image, name: str, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
+    """One of L, LA, RGB, RGBA, and the profile that holds for it."""
+    if image.mode == "F":
+        raise ImageReadError(f"'{name}' holds floating-point values; convert it to 8 or 16 bits per channel first.")
+    transparent = image.has_transparency_data
+    if image.mode in ("1", "L", "LA", "La"):
+        return image.convert("LA" if transparent else "L"), icc
+    if image.mode == "CMYK":
+        return _cmyk_to_srgb(image, icc), None
+    colour = image.convert("RGBA" if transparent else "RGB")
+    if image.mode in ("P", "PA"):
+        red, green, blue = colour.split()[:3]
+        if red.tobytes() == green.tobytes() == blue.tobytes():  # a palette of greys is a grey picture
+            colour = colour.convert("LA" if transparent else "L")
+    return colour, icc
+
+
+def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+    """Through the embedded profile where there is a usable one; it no longer holds for the result."""
+    if icc:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            converted = None
+        if converted is not None:
+            return converted
+    return image.convert("RGB")
+
+
+def _kept_exif(image: Image.Image, name: str) -> bytes | None:
+    """EXIF without orientation and without the tags that describe how this file stores its samples."""
+    try:
+        exif = _copy_exif(image.getexif())
+        return exif.tobytes() if len(exif) else None
+    except _DECODE_ERRORS as error:
+        warnings.warn(f"'{name}': its EXIF is damaged and is left out ({_one_line(error)})", stacklevel=2)
+        return None
+
+
+def _copy_exif(source: Image.Exif) -> Image.Exif:
+    copy = Image.Exif()
+    copy.endian = source.endian
+    details = dict(source.get_ifd(ExifTags.IFD.Exif))
+    if ExifTags.IFD.Interop in details:
+        details[ExifTags.IFD.Interop] = dict(source.get_ifd(ExifTags.IFD.Interop))
+    position = dict(source.get_ifd(ExifTags.IFD.GPSInfo))
+    for tag, value in source.items():
+        if tag not in _STRUCTURAL_TAGS and tag not in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            copy[tag] = value
+    if details:
+        copy[ExifTags.IFD.Exif] = details
+    if position:
+        copy[ExifTags.IFD.GPSInfo] = position
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def to_pil(image: LoadedImage | Float[Tensor, "c h w"]) -> Image.Image:
+    """Make an 8-bit Pillow image; Pillow has no 16-bit colour, so `save_image` is the way to keep 16 bits.
+
+    Args:
+        image: A `LoadedImage`, or a tensor (1, H, W), (2, H, W), (3, H, W) or (4, H, W) in [0, 1] meant as grey,
+            grey + alpha, RGB or RGBA.
+
+    Returns:
+        An image of mode L, LA, RGB or RGBA.
+
+    Raises:
+        ValueError: The tensor has another shape.
+    """
+    if isinstance(image, LoadedImage):
+        picture = _from_samples(_to_samples(image, 8))
+        if image.icc:
+            picture.info["icc_profile"] = image.icc
+        return picture
+    if image.ndim != 3 or not 1 <= image.shape[0] <= 4:
+        raise ValueError(
+            f"to_pil: expected (1..4, H, W), got {tuple(image.shape)}; pass one image of a batch at a time"
+        )
+    return _from_samples(_quantise(image, 8))
+
+
+def _from_samples(samples: np.ndarray) -> Image.Image:
+    return Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+
+
+def _quantise(x: Tensor, bits: int) -> np.ndarray:
+    """(C, H, W) in [0, 1] to (H, W, C) integers, rounded to nearest."""
+    peak = 2**bits - 1
+    values = (x.detach().to("cpu", torch.float64).clamp(0, 1) * peak).round().permute(1, 2, 0)
+    return np.ascontiguousarray(values.numpy().astype(np.uint8 if bits == 8 else np.uint16))
+
+
+def _to_samples(image: LoadedImage, bits: int) -> np.ndarray:
+    """(H, W, 1..4) integers: grey or RGB, then alpha."""
+    colour = image.rgb.detach().to("cpu", torch.float64)
+    if image.mode == "L":
+        luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # Rec. 601, as Pillow's convert("L")
+        colour = (colour * luma[:, None, None]).sum(0, keepdim=True)
+    if image.alpha is not None:
+        colour = torch.cat([colour, image.alpha.detach().to("cpu", torch.float64)])
+    return _quantise(colour, bits)
+
+
+def save_image(
+    image: LoadedImage,
+    path: str | os.PathLike[str],
+    *,
+    metadata: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    quality: int = 95,
+) -> None:
+    """Write a picture so that the file is complete or not there at all.
+
+    The bytes go to a hidden file in the same folder, reach the disk, and only then take the name. PNG and TIFF keep 16
+    bits; JPEG and WebP have 8. JPEG has no alpha: the picture is laid over white, with a warning. Metadata is stored as
+    JSON: in PNG as the text `latentindigo`, elsewhere in the EXIF user comment.
+
+    Args:
+        image: The picture.
+        path: File name ending in .png, .jpg, .jpeg, .webp, .tif or .tiff; its folder must exist.
+        metadata: JSON-serialisable settings to store, or None.
+        overwrite: Replace an existing file.
+        quality: JPEG and WebP quality, 1 to 100.
+
+    Raises:
+        FileExistsError: The file exists and `overwrite` is False.
+        ValueError: The ending is unknown, the metadata is not JSON, or the format cannot hold the picture.
+        OSError: The disk is full or the folder cannot be written to.
+    """
+    target = Path(path)
+    form = WRITE_SUFFIXES.get(target.suffix.lower())
+    if form is None:
+        raise ValueError(
+            f"save_image: expected a name ending in one of {', '.join(WRITE_SUFFIXES)}, got '{target.name}'; rename it"
+        )
+    if not 1 <= quality <= 100:
+        raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
+    _refuse_overwrite(target, overwrite)
+    try:
+        text = None if metadata is None else json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_image: metadata must be JSON: {error}; pass plain dicts, lists and numbers") from error
+    try:
+        data = _encode(image, form, text, quality)
+    except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
+        width, height = image.size
+        raise ValueError(
+            f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({_one_line(error)}); save as PNG"
+        ) from error
+    _write_atomically(target, data, overwrite)
+
+
+def _refuse_overwrite(target: Path, overwrite: bool) -> None:
+    if not overwrite and os.path.lexists(target):
+        raise FileExistsError(f"'{target}' exists; choose another name or allow overwriting")
+
+
+def _write_atomically(target: Path, data: bytes, overwrite: bool) -> None:
+    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.part"
+    try:
+        # "x" refuses to follow a planted link, and unlike mkstemp leaves the user's umask in charge of permissions.
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _refuse_overwrite(target, overwrite)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> bytes:
+    exif = _exif_to_write(image, None if form == "PNG" else text)
+    if image.bits == 16 and form == "PNG":
+        return _png16(_to_samples(image, 16), exif, image.icc, text)
+    if form == "TIFF":
+        return _tiff(_to_samples(image, image.bits), exif, image.icc)
+    if form == "JPEG" and image.alpha is not None:
+        warnings.warn(f"'{image.name}': JPEG has no transparency; the picture is laid over white", stacklevel=3)
+        alpha = image.alpha.to(image.rgb)
+        image = image.replace_pixels(image.rgb * alpha + (1 - alpha), None)
+    picture = to_pil(image)
+    options: dict[str, Any] = {"icc_profile": image.icc} if image.icc else {}
+    if len(exif):
+        options["exif"] = _short_exif(exif, image.name) if form == "JPEG" else exif.tobytes()
+    if form == "PNG" and text is not None:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(METADATA_KEY, text)
+    elif form == "JPEG":
+        # Above this quality halved chroma is the largest loss left in the file.
+        options |= {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
+    elif form == "WEBP":
+        options |= {"quality": quality, "method": 4}
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _exif_to_write(image: LoadedImage, text: str | None) -> Image.Exif:
+    """The source's EXIF with the new size, and with the metadata in its user comment."""
+    source = Image.Exif()
+    if image.exif:
+        source.load(image.exif)
+    exif = _copy_exif(source)
+    details = dict(exif.get(ExifTags.IFD.Exif, {}))
+    width, height = image.size
+    for tag, side in ((_PIXEL_WIDTH, width), (_PIXEL_HEIGHT, height)):
+        if tag in details:
+            details[tag] = side
+    if text is not None:
+        comment: dict[str, Any] = {METADATA_KEY: json.loads(text)}
+        earlier = _user_comment(details)
+        if earlier:  # the photographer's own words are not ours to delete
+            ours = _our_comment(earlier)
+            comment["comment"] = ours.get("comment", "") if ours else earlier
+        details[_USER_COMMENT] = b"ASCII\0\0\0" + json.dumps(comment).encode("ascii")
+    if details:
+        exif[ExifTags.IFD.Exif] = details
+    return exif
+
+
+def _short_exif(exif: Image.Exif, name: str) -> bytes:
+    """A JPEG segment holds 64 KiB; maker notes are what makes a block longer than that."""
+    data = exif.tobytes()
+    if len(data) > 65533:
+        warnings.warn(f"'{name}': its EXIF is too long for JPEG; the maker notes are left out", stacklevel=4)
+        details = exif.get(ExifTags.IFD.Exif, {})
+        exif[ExifTags.IFD.Exif] = {tag: value for tag, value in details.items() if tag != ExifTags.IFD.MakerNote}
+        data = exif.tobytes()
+    return data
+
+
+def _user_comment(details: dict[int, Any]) -> str:
+    raw = details.get(_USER_COMMENT, b"")
+    if isinstance(raw, str):
+        return raw.strip("\0 ")
+    code, body = raw[:8], raw[8:]
+    encoding = "utf-16" if code.startswith(b"UNICODE") else "utf-8"
+    return body.decode(encoding, errors="replace").strip("\0 ")
+
+
+def _our_comment(comment: str) -> dict[str, Any]:
+    try:
+        content = json.loads(comment)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) and METADATA_KEY in content else {}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings that `save_image` stored in a file.
+
+    Args:
+        path: Picture file.
+
+    Returns:
+        The stored dict, or None if the file carries none.
+
+    Raises:
+        ImageReadError: The file is missing, damaged, or no picture.
+    """
+    name = Path(path).name
+    try:
+        with _open(Path(path).read_bytes()) as image:
+            if image.format == "PNG":
+                text = image.info.get(METADATA_KEY)
+                comment = _our_comment(f'{{"{METADATA_KEY}": {text}}}') if text else {}
+            else:
+                comment = _our_comment(_user_comment(dict(image.getexif().get_ifd(ExifTags.IFD.Exif))))
+    except _DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' cannot be read as a picture: {_one_line(error)}.") from error
+    content = comment.get(METADATA_KEY)
+    return content if isinstance(content, dict) else None
+
+
+def _png16(samples: np.ndarray, exif: Image.Exif, icc: bytes | None, text: str | None) -> bytes:
+    """PNG file of 16-bit samples (H, W, 1..4), after the PNG specification (third edition)."""
+    height, width, channels = samples.shape
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    if icc:
+        parts.append(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
+    if len(exif):
+        parts.append(chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    if text is not None:
+        parts.append(chunk(b"tEXt", METADATA_KEY.encode() + b"\0" + text.encode("latin-1")))
+    rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
+    sub, up = rows.copy(), rows.copy()
+    sub[:, 2 * channels :] -= rows[:, : -2 * channels]
+    up[1:] -= rows[:-1]
+    # Per row the filter whose output, as signed bytes, is smallest: the specification's own rule of thumb.
+    cost = [np.abs(filtered.view(np.int8).astype(np.int32)).sum(axis=1) for filtered in (sub, up)]
+    use_up = cost[1] < cost[0]
+    filtered = np.where(use_up[:, None], up, sub)
+    kinds = np.where(use_up, 2, 1).astype(np.uint8)[:, None]
+    parts.append(chunk(b"IDAT", zlib.compress(np.concatenate([kinds, filtered], axis=1).tobytes(), 6)))
+    parts.append(chunk(b"IEND", b""))
+    return b"".join(parts)
+
+
+def _tiff(samples: np.ndarray, exif: Image.Exif, icc: bytes | None) -> bytes:
+    """Baseline TIFF of 8- or 16-bit samples (H, W, 1..4): one deflated strip behind the directory.
+
+    An EXIF block is itself a TIFF file without pixels, so the sample layout is added to it and Pillow lays it out.
+    16-bit grey with alpha is written as RGBA, because hardly any reader, Pillow included, takes it as it is.
+    """
+    if samples.shape[2] == 2 and samples.dtype == np.uint16:
+        samples = np.concatenate([samples[..., :1].repeat(3, axis=2), samples[..., 1:]], axis=2)
+    height, width, channels = samples.shape
+    strip = zlib.compress(samples.astype(samples.dtype.newbyteorder("<")).tobytes(), 6)
+    if len(strip) > 2**32 - 2**20:
+        raise ValueError("more than 4 GiB of samples")
+    layout: dict[int, Any] = {
+        256: width,
+        257: height,
+        258: (samples.itemsize * 8,) * channels,
+        259: 8,  # deflate
+        262: 1 if channels < 3 else 2,  # black is zero, or RGB
+        273: 0,  # strip offset: Pillow adds the length of the directory
+        277: channels,
+        278: height,
+        279: len(strip),
+        284: 1,  # samples interleaved
+    }
+    if channels in (2, 4):
+        layout[338] = 2  # alpha that colours are not multiplied by
+    if icc:
+        layout[34675] = icc
+    exif.endian = "<"
+    for tag, value in layout.items():
+        exif[tag] = value
+    return exif.tobytes().removeprefix(b"Exif\0\0") + strip
+
+
+# --------------------------------------------------------------------------------------- Pillow on tensors, sheets
+
+
+def pil_jpeg(
+    x: Float[Tensor, "*batch 3 h w"], quality: int | float | Sequence[float] | Tensor
+) -> Float[Tensor, "*batch 3 h w"]:
+    """Write and read back as JPEG with Pillow, 4:2:0: the real thing, not differentiable.
+
+    Args:
+        x: Pixels, (3, H, W) or (B, 3, H, W), [0, 1]; clamped and rounded to 8 bits first.
+        quality: 1 to 100, one for all or one per image; rounded to an integer.
+
+    Returns:
+        A new tensor of the same shape, dtype and device, with 8-bit values.
+
+    Raises:
+        ValueError: The shape or a quality is out of range.
+    """
+    if x.ndim not in (3, 4) or x.shape[-3] != 3:
+        raise ValueError(f"pil_jpeg: expected (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}; pass RGB")
+    images = x if x.ndim == 4 else x[None]
+    levels = torch.as_tensor(quality, dtype=torch.float64).detach().cpu().reshape(-1).expand(len(images)).tolist()
+    if any(not 1 <= level <= 100 for level in levels):
+        raise ValueError(f"pil_jpeg: expected quality from 1 to 100, got {levels}; 10 is already very poor")
+    decoded: list[Tensor] = []
+    for image, level in zip(images, levels, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(_quantise(image, 8)).save(buffer, "JPEG", quality=round(level), subsampling=2)
+        decoded.append(_to_tensor(np.asarray(Image.open(buffer)), 8))
+    return torch.stack(decoded).reshape(x.shape).to(x)
+
+
+def pil_resize(
+    x: Float[Tensor, "*batch c h w"], size: tuple[int, int], method: str = "bicubic"
+) -> Float[Tensor, "*batch c h2 w2"]:
+    """Resize with Pillow's antialiased filters, without rounding to 8 bits.
+
+    Each channel goes through Pillow's float mode, so the filters are Pillow's but values are neither rounded between
+    the two passes nor clamped: bicubic and Lanczos may leave [0, 1] a little. Not differentiable.
+
+    Args:
+        x: (C, H, W) or (B, C, H, W).
+        size: (width, height) of the result, as Pillow orders them.
+        method: "nearest", "bilinear", "bicubic", "lanczos" or "area" (Pillow's box).
+
+    Returns:
+        A new tensor of the requested size, same dtype and device.
+
+    Raises:
+        ValueError: The shape, size or method is not one of the above.
+    """
+    if x.ndim not in (3, 4):
+        raise ValueError(f"pil_resize: expected (C, H, W) or (B, C, H, W), got {tuple(x.shape)}; add or drop axes")
+    if method not in _RESAMPLING or min(size) < 1:
+        raise ValueError(
+            f"pil_resize: expected a size of at least 1x1 and one of {sorted(_RESAMPLING)}, got {size} and {method!r}"
+        )
+    width, height = size
+    planes = x.detach().to("cpu", torch.float32).reshape(-1, *x.shape[-2:]).numpy()
+    resized = [np.asarray(Image.fromarray(plane).resize((width, height), _RESAMPLING[method])) for plane in planes]
+    return torch.from_numpy(np.stack(resized)).reshape(*x.shape[:-2], height, width).to(x)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Float[Tensor, "... _ _ _"]]], labels: Sequence[str], cell: int | tuple[int, int] = 256
+) -> Image.Image:
+    """Lay pictures out in a grid with a heading per column, for instance input, bicubic, restored, invented detail.
+
+    Args:
+        rows: One list of pictures per row, each (3, H, W) or (1, H, W) in [0, 1], of any size; a short row leaves
+            cells blank.
+        labels: Column headings.
+        cell: Largest width and height of a picture in the sheet; pictures keep their aspect and are enlarged by
+            whole pixels only as far as the cell allows.
+
+    Returns:
+        An RGB image on white.
+
+    Raises:
+        ValueError: There are no rows, or a row has more pictures than there are labels.
+    """
+    if not rows or any(len(row) > len(labels) for row in rows):
+        raise ValueError(
+            f"contact_sheet: expected rows of at most {len(labels)} pictures, got {[len(row) for row in rows]}; "
+            "give one label per column"
+        )
+    cell_w, cell_h = (cell, cell) if isinstance(cell, int) else cell
+    gap = max(4, min(cell_w, cell_h) // 48)
+    font = ImageFont.load_default(size=max(10, cell_w // 16))
+    heading = max(10, cell_w // 16) + 2 * gap
+    sheet_size = (len(labels) * (cell_w + gap) + gap, heading + len(rows) * (cell_h + gap))
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(labels):
+        draw.text((gap + column * (cell_w + gap) + cell_w // 2, heading // 2), label, "black", font, anchor="mm")
+    for index, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            thumb = _fit(to_pil(picture).convert("RGB"), cell_w, cell_h)
+            left = gap + column * (cell_w + gap) + (cell_w - thumb.width) // 2
+            top = heading + index * (cell_h + gap) + (cell_h - thumb.height) // 2
+            sheet.paste(thumb, (left, top))
+    return sheet
+
+
+def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Shrink with Lanczos, enlarge by nearest neighbour so that a small input shows its pixels."""
+    factor = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST)

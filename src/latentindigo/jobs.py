@@ -1,0 +1,508 @@
+"""Restoring files: load → restore → save for one picture, and the same for many.
+
+The doors (command line, later a web page and a batch engine) parse, build a `RestoreSettings` and call this module, so
+that one picture takes one path whoever asks. A picture that fails is reported and the others are done.
+
+The pipeline's job is pixels; this module keeps what lies around them: opacity, greyness, bit depth, colour profile,
+EXIF, and the settings that made the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentindigo import __version__
+from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
+from latentindigo.model_folder import model_folder
+from latentindigo.planning import Task
+
+__all__ = [
+    "MAP_GAIN",
+    "Outcome",
+    "Restoration",
+    "RestoreSettings",
+    "Restorer",
+    "failure_kind",
+    "load_pipeline",
+    "resolve_settings",
+    "restore_file",
+    "restore_files",
+]
+
+# Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
+# that two maps can be compared. They are written with 16 bits, so dividing by it gives the values back.
+MAP_GAIN = 4.0
+
+# As in presets.py, guidance.py and pipeline.py, whose import costs seconds; a test compares them.
+_PRESETS = ("faithful", "default", "vivid")
+_METHODS = (None, "latent-inn", "pixel-inn", "unguided")
+_UPDATES = (None, "projection", "stopped", "through")
+_INITS = (None, "estimator", "encode", "inverse", "noise")
+_SMALLEST_TILE = 256
+
+# What reading, restoring and writing one picture may raise because of that picture or its place on the disk. Anything
+# else is a mistake in this package, and its traceback must reach the user.
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreSettings:
+    """How to restore: the arguments of `RestorationPipeline.__call__` that a door offers, under the same names.
+
+    Attributes:
+        scale: Output size over input size, 1 to 16.
+        size: (width, height) of the output in pixels; overrides `scale`.
+        crop: Cut the picture to the aspect of `size` instead of fitting it inside.
+        preset: "faithful", "default" or "vivid"; what follows overrides it, None keeps its value.
+        method: "latent-inn", "pixel-inn" or "unguided".
+        update: "projection", "stopped" or "through".
+        init: "estimator", "encode", "inverse" or "noise".
+        steps: Denoiser evaluations.
+        strength: Share of noise at the start, sigma / sqrt(alpha^2 + sigma^2), above 0 up to 1.
+        fidelity: 0 (vivid) to 1 (faithful).
+        num_samples: Results for each picture.
+        seed: Seed of the first result; sample k uses seed + k.
+        tile: "auto", "off", or the side of a tile in output pixels.
+    """
+
+    scale: float = 4.0
+    size: tuple[int, int] | None = None
+    crop: bool = False
+    preset: str = "default"
+    method: str | None = None
+    update: str | None = None
+    init: str | None = None
+    steps: int | None = None
+    strength: float | None = None
+    fidelity: float | None = None
+    num_samples: int = 1
+    seed: int = 0
+    tile: str | int = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("preset", _PRESETS), ("method", _METHODS), ("update", _UPDATES), ("init", _INITS)):
+            if getattr(self, name) not in choices:
+                named = ", ".join(choice for choice in choices if choice is not None)
+                raise ValueError(f"{name}: expected one of {named}, got {getattr(self, name)!r}")
+        for name, low, high in (
+            ("scale", 1, 16),
+            ("steps", 1, 1000),
+            ("strength", 0, 1),
+            ("fidelity", 0, 1),
+            ("num_samples", 1, 64),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}: expected a value from {low} to {high}, got {value}")
+        if self.strength == 0:
+            raise ValueError("strength: expected more than 0 (at 0 nothing would be sampled), got 0; try 0.3")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size: expected a width and a height of at least 1 pixel, got {self.size}")
+        if self.crop and self.size is None:
+            raise ValueError("crop: cuts to the aspect of size, and no size was given; give one")
+        if isinstance(self.tile, str) and self.tile not in ("auto", "off"):
+            raise ValueError(f"tile: expected 'auto', 'off' or a number of pixels, got {self.tile!r}")
+        if not isinstance(self.tile, str) and self.tile < _SMALLEST_TILE:
+            raise ValueError(
+                f"tile: expected at least {_SMALLEST_TILE} pixels, got {self.tile}; 'off' does without tiles"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one task.
+
+    Attributes:
+        task: The task.
+        status: "done" or "failed".
+        error: Why it failed, one sentence, or None.
+        kind: "input", "memory" or "disk" for a failure, else None.
+        seconds: Wall time, reading and writing included.
+        input_size: (width, height) of the upright input, or None if it could not be read.
+        output_size: (width, height) of the result, or None.
+        settings: The resolved settings that made the result; given back, they make it again.
+        model_hash: Hash of all weights used, or None.
+    """
+
+    task: Task
+    status: str
+    error: str | None = None
+    kind: str | None = None
+    seconds: float = 0.0
+    input_size: tuple[int, int] | None = None
+    output_size: tuple[int, int] | None = None
+    settings: dict[str, Any] | None = None
+    model_hash: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome as plain values, one JSON object per picture."""
+        return {
+            "input": str(self.task.source),
+            "status": self.status,
+            "outputs": [str(path) for path in self.task.targets],
+            "detail_maps": [str(path) for path in self.task.detail_maps],
+            "uncertainty_map": None if self.task.uncertainty_map is None else str(self.task.uncertainty_map),
+            "error": self.error,
+            "kind": self.kind,
+            "seconds": round(self.seconds, 3),
+            "input_size": self.input_size,
+            "output_size": self.output_size,
+            "settings": self.settings,
+            "model_hash": self.model_hash,
+            "version": __version__,
+        }
+
+
+@runtime_checkable
+class Restoration(Protocol):
+    """What this module needs of a `RestorationOutput`."""
+
+    @property
+    def images(self) -> Sequence[Tensor]:
+        """Restored images, (3, H, W) in [0, 1], one per sample."""
+        ...
+
+    @property
+    def detail_maps(self) -> Sequence[Tensor]:
+        """Maps of invented detail, (1, H, W) in [0, 1], one per sample."""
+        ...
+
+    @property
+    def uncertainty(self) -> Sequence[Tensor] | None:
+        """One map of the samples' standard deviation, (1, H, W), or None for one sample."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings with every default filled in."""
+        ...
+
+
+@runtime_checkable
+class Restorer(Protocol):
+    """What this module needs of a `RestorationPipeline`: the call, with these keywords, and the hash."""
+
+    def __call__(
+        self,
+        image: Any,
+        *,
+        scale: float,
+        size: tuple[int, int] | None,
+        crop: bool,
+        preset: str,
+        method: Any,
+        update: Any,
+        init: Any,
+        steps: int | None,
+        strength: float | None,
+        fidelity: float | None,
+        num_samples: int,
+        seed: int,
+        tile: Any,
+        output_type: Any,
+        callback_on_step_end: Any,
+    ) -> Restoration:
+        """Restore one image; the callback is called as f(pipe, step, timestep, tensors)."""
+        ...
+
+    def weights_hash(self) -> str:
+        """Hash of all weights."""
+        ...
+
+
+# -------------------------------------------------------------------------------------------------------- restoring
+
+
+def load_pipeline(
+    model: str = "embedded", *, prior: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Restorer:
+    """Load a model for use by this module.
+
+    Args:
+        model: "embedded", a folder, or a hub id.
+        prior: Another latent diffusion model to sample with, or None.
+        dtype: "float32", "bfloat16", "float16", or None for float32.
+        device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: The device is unknown or absent.
+        ModelLoadError: The model cannot be loaded (defined in `latentindigo.pipeline`).
+    """
+    # Imported here: planning and dry runs must not pay for diffusers.
+    from latentindigo.pipeline import RestorationPipeline
+
+    place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    # PyTorch says AssertionError where it was built without the device.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
+    torch_dtype = None if dtype is None else getattr(torch, dtype)
+    return RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+
+
+def resolve_settings(settings: RestoreSettings, model: str = "embedded") -> dict[str, Any]:
+    """Fill in what the preset decides, without loading any weights.
+
+    Args:
+        settings: Settings with gaps.
+        model: "embedded", a folder, or a hub id; it may bring its own presets.
+
+    Returns:
+        The settings that a run would report.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: The model's presets are no presets.
+    """
+    from latentindigo.presets import blend_presets, load_presets  # late, as in load_pipeline
+
+    presets = load_presets(model_folder(model))
+    preset = presets[settings.preset]
+    if settings.fidelity is not None:
+        preset = blend_presets(presets["vivid"], presets["faithful"], settings.fidelity)
+    given = dataclasses.asdict(settings)
+    return {**dataclasses.asdict(preset), **{name: value for name, value in given.items() if value is not None}}
+
+
+def restore_file(
+    pipe: Restorer,
+    task: Task,
+    settings: RestoreSettings,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Load, restore and save one picture.
+
+    Args:
+        pipe: The pipeline.
+        task: What to read and what to write.
+        settings: How to restore.
+        overwrite: Replace existing files.
+        on_step: Called after every denoiser step with the number of steps done.
+
+    Returns:
+        The outcome, with status "done".
+
+    Raises:
+        FileExistsError: A file to write exists and `overwrite` is False.
+        ImageReadError: The picture cannot be read.
+        ValueError: The pipeline or the format refuses the picture.
+        OSError: The disk is full or cannot be written to.
+    """
+    started = time.perf_counter()
+    _refuse_existing(task, overwrite)
+    return _restore(pipe, task, load_image(task.source), settings, overwrite, on_step, started)
+
+
+def restore_files(
+    get_pipe: Callable[[], Restorer],
+    tasks: Sequence[Task],
+    settings: RestoreSettings,
+    *,
+    overwrite: bool = False,
+    on_step: Callable[[Task, int], None] | None = None,
+) -> Iterator[Outcome]:
+    """Restore pictures one after the other; one that fails is reported and the rest is done.
+
+    A full disk ends the run: the tasks that are left are reported as failed without being tried.
+
+    Args:
+        get_pipe: Gives the pipeline; called once, when the first readable picture is at hand.
+        tasks: From `plan_tasks`.
+        settings: How to restore.
+        overwrite: Replace existing files.
+        on_step: Called after every denoiser step with the task and the number of steps done.
+
+    Yields:
+        One outcome per task, in order, as soon as it is known.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded (raised by `get_pipe`).
+    """
+    pipe: Restorer | None = None
+    disk_full: str | None = None
+    for task in tasks:
+        started = time.perf_counter()
+        if disk_full is not None:
+            yield Outcome(task, "failed", error=f"not tried: {disk_full}", kind="disk")
+            continue
+        try:
+            _refuse_existing(task, overwrite)
+            picture = load_image(task.source)
+        except _FAILURES as error:
+            yield _failed(task, error, started)
+            continue
+        if pipe is None:
+            pipe = get_pipe()
+        step = None if on_step is None else _for_task(on_step, task)
+        try:
+            outcome = _restore(pipe, task, picture, settings, overwrite, step, started)
+        except _FAILURES as error:
+            outcome = _failed(task, error, started)
+            if outcome.kind == "disk":
+                disk_full = outcome.error
+            elif outcome.kind == "memory" and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        yield outcome
+
+
+def _for_task(on_step: Callable[[Task, int], None], task: Task) -> Callable[[int], None]:
+    return lambda done: on_step(task, done)
+
+
+def _refuse_existing(task: Task, overwrite: bool) -> None:
+    """Fail before the work is done, not after; `save_image` checks again when it writes."""
+    if not overwrite:
+        for path in task.files:
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(path))
+
+
+def _restore(
+    pipe: Restorer,
+    task: Task,
+    picture: LoadedImage,
+    settings: RestoreSettings,
+    overwrite: bool,
+    on_step: Callable[[int], None] | None,
+    started: float,
+) -> Outcome:
+    def after_step(_pipe: Any, step_index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step_index + 1)
+        return values
+
+    result = pipe(
+        picture.rgb,
+        scale=settings.scale,
+        size=settings.size,
+        crop=settings.crop,
+        preset=settings.preset,
+        method=settings.method,
+        update=settings.update,
+        init=settings.init,
+        steps=settings.steps,
+        strength=settings.strength,
+        fidelity=settings.fidelity,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        tile=None if settings.tile == "off" else settings.tile,
+        output_type="pt",
+        callback_on_step_end=after_step,
+    )
+    model_hash = pipe.weights_hash()
+    metadata = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
+    for folder in {path.parent for path in task.files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for index, target in enumerate(task.targets):
+        save_image(
+            _dress(picture, result.images[index], settings.crop),
+            target,
+            metadata={**metadata, "settings": result.settings, "sample": index, "seed": settings.seed + index},
+            overwrite=overwrite,
+        )
+    for index, target in enumerate(task.detail_maps):
+        save_image(
+            _map_picture(result.detail_maps[index]),
+            target,
+            metadata={**metadata, "map": "invented detail", "gain": MAP_GAIN},
+            overwrite=overwrite,
+        )
+    uncertainty = result.uncertainty
+    if task.uncertainty_map is not None and uncertainty is not None:
+        save_image(
+            _map_picture(uncertainty[0]),
+            task.uncertainty_map,
+            metadata={**metadata, "map": "standard deviation of the samples", "gain": MAP_GAIN},
+            overwrite=overwrite,
+        )
+    height, width = result.images[0].shape[-2:]
+    return Outcome(
+        task,
+        "done",
+        seconds=time.perf_counter() - started,
+        input_size=picture.size,
+        output_size=(width, height),
+        settings=result.settings,
+        model_hash=model_hash,
+    )
+
+
+def _dress(picture: LoadedImage, restored: Float[Tensor, "3 h w"], crop: bool) -> LoadedImage:
+    """Give the restored colours what the source had beside its colours: greyness, opacity, profile, EXIF, depth."""
+    rgb = restored.detach().to("cpu", torch.float32).clamp(0, 1)
+    if picture.mode == "L":
+        rgb = rgb.mean(0, keepdim=True).expand(3, -1, -1)
+    alpha = picture.alpha
+    if alpha is not None:
+        width, height = rgb.shape[2], rgb.shape[1]
+        if crop:
+            # As the pipeline does: enlarge until both sides are filled, then cut evenly.
+            factor = max(width / alpha.shape[2], height / alpha.shape[1])
+            full = (max(width, round(alpha.shape[2] * factor)), max(height, round(alpha.shape[1] * factor)))
+            left, top = (full[0] - width) // 2, (full[1] - height) // 2
+            alpha = pil_resize(alpha, full, "bicubic")[:, top : top + height, left : left + width]
+        else:
+            alpha = pil_resize(alpha, (width, height), "bicubic")
+        alpha = alpha.clamp(0, 1)
+    return picture.replace_pixels(rgb, alpha)
+
+
+def _map_picture(values: Float[Tensor, "*c h w"]) -> LoadedImage:
+    """Make a 16-bit grey picture of a map, `MAP_GAIN` times brighter."""
+    plane = values.detach().to("cpu", torch.float32)
+    plane = plane.reshape(-1, *plane.shape[-2:]).mean(0, keepdim=True) * MAP_GAIN
+    return LoadedImage(plane.clamp(0, 1).expand(3, -1, -1).contiguous(), mode="L", bits=16)
+
+
+# --------------------------------------------------------------------------------------------------------- failures
+
+
+def failure_kind(error: BaseException) -> str:
+    """Say what a failure was about.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        "memory", "disk", "model" (it cannot be loaded) or, for anything else, "input".
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "memory"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return "input"
+    # PyTorch's CPU allocator and MPS report exhaustion as plain RuntimeErrors.
+    if any(sign in str(error).lower() for sign in ("out of memory", "can't allocate memory")):
+        return "memory"
+    from latentindigo.pipeline import ModelLoadError  # late, for the reason given in load_pipeline
+
+    return "model" if isinstance(error, ModelLoadError) else "input"
+
+
+def _failed(task: Task, error: BaseException, started: float) -> Outcome:
+    kind = failure_kind(error)
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        message = f"'{error.filename}' {error.strerror}"
+    if kind == "memory":
+        message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
+    return Outcome(task, "failed", error=message, kind=kind, seconds=time.perf_counter() - started)

@@ -1,0 +1,127 @@
+"""Presets: how much to trust the measurement and how much to let the prior invent. Data, not code.
+
+A model folder brings its own values in `presets.json`, tuned on photographs kept for choices; the values here serve
+models without that file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from latentindigo.guidance import UPDATES, GuidanceConfig, Update
+
+__all__ = ["INITS", "METHODS", "PRESETS", "Preset", "blend_presets", "load_presets", "save_presets"]
+
+Method = Literal["latent-inn", "pixel-inn", "unguided"]
+Init = Literal["estimator", "encode", "inverse", "noise"]
+METHODS: tuple[Method, ...] = ("latent-inn", "pixel-inn", "unguided")
+INITS: tuple[Init, ...] = ("estimator", "encode", "inverse", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """All settings of a restoration that are a matter of taste.
+
+    Attributes:
+        method: "latent-inn", "pixel-inn" or "unguided".
+        update: "projection", "stopped" or "through".
+        init: Where sampling starts: "estimator" (stage-one estimate), "encode" (bicubic enlargement), "inverse"
+            (g⁻¹(y, 0, gamma)) or "noise".
+        steps: Denoiser evaluations.
+        strength: Noise level sigma/sqrt(alpha² + sigma²) at the start, 1 = pure noise.
+        eta: Share of fresh noise in each step, for schedulers that know it (0 = deterministic).
+        residual: Share of what the autoencoder lost of the start image that is added back at the end, 0..1.
+        guidance: Settings of the guidance.
+    """
+
+    method: Method = "latent-inn"
+    update: Update = "projection"
+    init: Init = "estimator"
+    steps: int = 8
+    strength: float = 0.4
+    eta: float = 0.0
+    residual: float = 1.0
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("update", UPDATES), ("init", INITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], 1 = pure noise, got {self.strength}")
+        for name in ("eta", "residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+PRESETS: dict[str, Preset] = {
+    "faithful": Preset(steps=6, strength=0.15),
+    "default": Preset(),
+    "vivid": Preset(steps=12, strength=0.6),
+}
+
+
+def load_presets(folder: Path) -> dict[str, Preset]:
+    """Presets of a model folder, those of this module without a `presets.json`.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Name -> preset; "faithful", "default" and "vivid" are always there.
+
+    Raises:
+        ValueError: If the file names unknown settings or lacks a preset.
+    """
+    path = folder / "presets.json"
+    if not path.is_file():
+        return dict(PRESETS)
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        presets = {n: Preset(**{**e, "guidance": GuidanceConfig(**e.get("guidance", {}))}) for n, e in entries.items()}
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not hold presets: {error}") from error
+    missing = sorted(set(PRESETS) - set(presets))
+    if missing:
+        raise ValueError(f"{path} lacks the preset {', '.join(missing)}")
+    return presets
+
+
+def save_presets(presets: dict[str, Preset], folder: Path) -> None:
+    """Write `presets.json` into a model folder."""
+    entries = {name: dataclasses.asdict(preset) for name, preset in presets.items()}
+    (folder / "presets.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def blend_presets(vivid: Preset, faithful: Preset, fidelity: float) -> Preset:
+    """A preset between two others: numbers are interpolated, everything else comes from the nearer one.
+
+    Args:
+        vivid: Preset at fidelity 0.
+        faithful: Preset at fidelity 1.
+        fidelity: 0..1.
+
+    Returns:
+        The blended preset.
+
+    Raises:
+        ValueError: If fidelity is outside [0, 1].
+    """
+    if not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity must lie in [0, 1] (0 = vivid, 1 = faithful), got {fidelity}")
+
+    def blend(a: Any, b: Any) -> Any:
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            names = [field.name for field in dataclasses.fields(a)]
+            return type(a)(**{n: blend(getattr(a, n), getattr(b, n)) for n in names})
+        if isinstance(a, bool) or not isinstance(a, (int, float)):
+            return b if fidelity >= 0.5 else a
+        value = (1 - fidelity) * a + fidelity * b
+        return round(value) if isinstance(a, int) and isinstance(b, int) else value
+
+    return blend(vivid, faithful)
