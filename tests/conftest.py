@@ -65,7 +65,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> RestorationPipeline:
-    """Return a complete pipeline of tiny random networks; calling a pipeline never changes it, so all tests share it."""
+    """Return a complete pipeline of tiny random networks; calling it never changes it, so all tests share it."""
     import tiny
 
     return tiny.tiny_pipeline()

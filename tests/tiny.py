@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from diffusers import DDIMScheduler, UNet2DModel
-from tolerances import randomise_
 
 from latentindigo.autoencoder import PatchAutoencoder
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.pipeline import RestorationPipeline
+from tolerances import randomise_
 
 __all__ = ["LATENT_CHANNELS", "tiny_pipeline"]
 

@@ -18,6 +18,7 @@ coarse to fine and details still carry weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +90,9 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self,
         latent_channels: int = 48,
         patch_size: int = 8,
-        encoder_channels: tuple[int, int] = (48, 96),
-        decoder_channels: tuple[int, int, int] = (160, 96, 32),
-        decoder_blocks: tuple[int, int, int] = (3, 2, 1),
+        encoder_channels: Sequence[int] = (48, 96),
+        decoder_channels: Sequence[int] = (160, 96, 32),
+        decoder_blocks: Sequence[int] = (3, 2, 1),
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
     ) -> None:

@@ -357,7 +357,7 @@ def _quantisation(table: tuple[tuple[int, ...], ...], quality: Tensor) -> Tensor
 
 
 def _code_plane(plane: Tensor, table: Tensor) -> Tensor:
-    """Transform, quantise, dequantise and transform back planes (B, C, h, 8n) in [0, 255]; pads h to a multiple of 8."""
+    """Transform, quantise and transform back planes (B, C, h, 8n) in [0, 255]; h is padded to a multiple of 8."""
     plane = F.pad(plane, (0, 0, 0, -plane.shape[-2] % 8), mode="replicate")
     batch, channels, height, width = plane.shape
     dct = _dct_matrix(plane)
@@ -397,7 +397,7 @@ def _double_chroma(chroma: Tensor) -> Tensor:
     return _straight_through(total / 16, value).reshape(batch, channels, 2 * height, 2 * width)
 
 
-def jpeg(x: Float[Tensor, "b c h w"], quality: Number | Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+def jpeg(x: Float[Tensor, "b c h w"], quality: Number | Float[Tensor, " n"]) -> Float[Tensor, "b c h w"]:
     """Pass images through JPEG 4:2:0 as libjpeg codes it, without the (lossless) entropy coding.
 
     Steps: 8-bit rounding, RGB to YCbCr, 2x2 mean of chroma, 8x8 DCT, quantisation by the standard tables at libjpeg's
@@ -424,7 +424,7 @@ def jpeg(x: Float[Tensor, "b c h w"], quality: Number | Float[Tensor, " b"]) -> 
     if bool(((factor < 1) | (factor > 100)).any()):
         raise ValueError(f"jpeg quality must be in 1..100, got {factor.tolist()}")
     work = _straight_through(work, torch.round(work)).clamp(0, 255)
-    # libjpeg completes rows before it halves the chroma, but columns (beyond an even number) only after it.
+    # libjpeg extends the width before it halves the chroma, but the height, beyond an even number, only after it.
     unit = 8 if channels == 1 else 16
     work = F.pad(work, (0, -width % unit, 0, -height % (unit // 8)), mode="replicate")
     if channels == 1:

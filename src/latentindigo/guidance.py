@@ -21,7 +21,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -89,6 +89,7 @@ class GuidanceConfig:
             raise ValueError(f"regulariser must be None or one of {', '.join(REGULARISERS)}, got {self.regulariser!r}")
 
 
+@runtime_checkable
 class ForwardModel(Protocol):
     """What plays the part of g: something that splits an image into what was measured and what was not."""
 
@@ -107,6 +108,8 @@ class ForwardModel(Protocol):
 
 class LearnedForward:
     """g = the trained INN, with a private copy for each image when it is refined *(paper: refinement)*.
+
+    A private copy is kept in float32 at least: steps of 5e-5 would be lost in bfloat16's or float16's rounding.
 
     Args:
         inn: Trained network; never changed.
@@ -130,7 +133,7 @@ class LearnedForward:
         self._optimizers: list[torch.optim.Adam] = []
         if refine_lr is not None:
             # A private Theta for each image: the result must not depend on what else is in the batch.
-            self._private = [copy.deepcopy(inn).requires_grad_(True) for _ in range(len(gamma))]
+            self._private = [_trainable_copy(inn) for _ in range(len(gamma))]
             self._optimizers = [torch.optim.Adam(net.parameters(), lr=refine_lr) for net in self._private]
 
     def split(self, u: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -171,6 +174,14 @@ class LearnedForward:
             optimizer.step()
 
 
+def _trainable_copy(inn: InvertibleNet) -> InvertibleNet:
+    private = copy.deepcopy(inn)
+    if inn.dtype in (torch.float16, torch.bfloat16):
+        private.float()
+    return private.requires_grad_(True)
+
+
+@runtime_checkable
 class LinearOperator(Protocol):
     """A known degradation (see `latentindigo.operators`)."""
 

@@ -440,18 +440,18 @@ def _from_samples(samples: np.ndarray) -> Image.Image:
 def _quantise(x: Tensor, bits: int) -> np.ndarray:
     """(C, H, W) in [0, 1] to (H, W, C) integers, rounded to nearest."""
     peak = 2**bits - 1
-    values = (x.detach().to("cpu", torch.float64).clamp(0, 1) * peak).round().permute(1, 2, 0)
+    values = (x.detach().to("cpu", torch.float32).clamp(0, 1) * peak).round().permute(1, 2, 0)
     return np.ascontiguousarray(values.numpy().astype(np.uint8 if bits == 8 else np.uint16))
 
 
 def _to_samples(image: LoadedImage, bits: int) -> np.ndarray:
     """(H, W, 1..4) integers: grey or RGB, then alpha."""
-    colour = image.rgb.detach().to("cpu", torch.float64)
+    colour = image.rgb.detach().to("cpu", torch.float32)
     if image.mode == "L":
-        luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # Rec. 601, as Pillow's convert("L")
+        luma = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601, as Pillow's convert("L")
         colour = (colour * luma[:, None, None]).sum(0, keepdim=True)
     if image.alpha is not None:
-        colour = torch.cat([colour, image.alpha.detach().to("cpu", torch.float64)])
+        colour = torch.cat([colour, image.alpha.detach().to("cpu", torch.float32)])
     return _quantise(colour, bits)
 
 
@@ -694,7 +694,7 @@ def _tiff(samples: np.ndarray, exif: Image.Exif, icc: bytes | None) -> bytes:
 
 
 def pil_jpeg(
-    x: Float[Tensor, "*batch 3 h w"], quality: int | float | Sequence[float] | Tensor
+    x: Float[Tensor, "*batch 3 h w"], quality: int | float | Sequence[int | float] | Tensor
 ) -> Float[Tensor, "*batch 3 h w"]:
     """Write and read back as JPEG with Pillow, 4:2:0: the real thing, not differentiable.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ LEVELS = {4: 2, 2: 1, 1: 0}
 SHARD = "15MB"
 
 
+@runtime_checkable
 class RunSettings(Protocol):
     """The fields of a training run that objectives read."""
 

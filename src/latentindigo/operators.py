@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = ["Blur", "Mask", "Operator", "Scale", "conjugate_gradients"]
 
 Images = Float[Tensor, "b c h w"]
+OtherImages = Float[Tensor, "b c h2 w2"]
 
 # How far an estimate's coarse part is typically off, in [0, 1] units: y is trusted fully while its noise is well below
 # this, and half at the same size.
@@ -249,7 +250,7 @@ class Blur:
 
         return _regularised_inverse(self, work, damping, wiener).to(y.dtype)
 
-    def project(self, x: Images, y: Images, noise: float | int = 0.0) -> Images:
+    def project(self, x: Images, y: OtherImages, noise: float | int = 0.0) -> Images:
         """Return x + A^+ (y - A x)."""
         return _project(self, x, y, noise)
 
@@ -313,7 +314,7 @@ class Mask:
         """
         return self.forward(y) / (1 + _damping(noise, 0.0, 1.0))
 
-    def project(self, x: Images, y: Images, noise: float | int = 0.0) -> Images:
+    def project(self, x: Images, y: OtherImages, noise: float | int = 0.0) -> Images:
         """Return x + A^+ (y - A x): the known pixels of y, the others of x."""
         known = self.mask.to(x)
         trust = 1 / (1 + _damping(noise, 0.0, 1.0))
@@ -397,19 +398,19 @@ class Scale:
         rows, columns = (_bicubic_matrix(a, b, dtype, like.device) for a, b in zip(large, small, strict=True))
         return rows.to(like), columns.to(like)
 
-    def forward(self, x: Images) -> Images:
+    def forward(self, x: Images) -> OtherImages:
         """Return x downsampled."""
         small = self._sizes(x)
         rows, columns = self._matrices((x.shape[-2], x.shape[-1]), small, x)
         return rows @ x @ columns.T
 
-    def adjoint(self, y: Images) -> Images:
+    def adjoint(self, y: OtherImages) -> Images:
         """Return A^T y, of size round(scale * size of y)."""
         small = (y.shape[-2], y.shape[-1])
         rows, columns = self._matrices((round(small[0] * self.scale), round(small[1] * self.scale)), small, y)
         return rows.T @ y @ columns
 
-    def pinv(self, y: Images, noise: float | int = 0.0) -> Images:
+    def pinv(self, y: OtherImages, noise: float | int = 0.0) -> Images:
         """Return A^T (A A^T + lambda I)^-1 y by conjugate gradients.
 
         Args:
@@ -424,11 +425,11 @@ class Scale:
         # The mean of s^2 pixels has 1/s^2 of their energy, so that is the size of A A^T.
         return _regularised_inverse(self, work, _damping(noise, 0.0, 1 / self.scale**2)).to(y.dtype)
 
-    def project(self, x: Images, y: Images, noise: float | int = 0.0) -> Images:
+    def project(self, x: Images, y: OtherImages, noise: float | int = 0.0) -> Images:
         """Return x + A^+ (y - A x)."""
         return _project(self, x, y, noise)
 
-    def initial(self, y: Images) -> Images:
+    def initial(self, y: OtherImages) -> Images:
         """Return y enlarged by bicubic interpolation."""
         size = [round(side * self.scale) for side in y.shape[-2:]]
         work = _working(y)

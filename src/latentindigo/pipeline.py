@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -237,9 +238,9 @@ class RestorationPipeline(DiffusionPipeline):
         *,
         crop: bool = False,
         preset: str = "default",
-        method: Method | None = None,
-        update: Update | None = None,
-        init: Init | None = None,
+        method: Method | str | None = None,
+        update: Update | str | None = None,
+        init: Init | str | None = None,
         steps: int | None = None,
         strength: float | None = None,
         guidance: GuidanceConfig | dict[str, Any] | None = None,
@@ -248,7 +249,7 @@ class RestorationPipeline(DiffusionPipeline):
         num_samples: int = 1,
         seed: int | Sequence[int] = 0,
         tile: Literal["auto"] | int | None = "auto",
-        output_type: Literal["pil", "np", "pt"] = "pil",
+        output_type: Literal["pil", "np", "pt"] | str = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         eta: float | None = None,
         residual: float | None = None,
@@ -301,7 +302,8 @@ class RestorationPipeline(DiffusionPipeline):
         restored: list[Tensor] = [torch.empty(0)] * len(jobs)
         maps: list[Tensor] = [torch.empty(0)] * len(jobs)
         calls, loop_calls = Calls(), Calls()
-        for group in _groups(jobs, images, scale, size):
+        # An operator's pseudo-inverse is damped by one noise level, so its images go one by one.
+        for group in _groups(jobs, images, scale, size) if operator is None else [[n] for n in range(len(jobs))]:
             batch = torch.stack([images[jobs[n][0]] for n in group])
             target = _output_size(batch.shape[-1], batch.shape[-2], scale, size, crop)
             outputs = self._restore(batch, target, [jobs[n][1] for n in group], run, calls, loop_calls)
@@ -372,12 +374,13 @@ class RestorationPipeline(DiffusionPipeline):
         if tiling is not None:
             prior = prior.tiled(tiling)
         y = y.to(device)
-        coarse = y if operator is not None else _resample(y, target, plan)
+        # Holes and known blur are no unknown damage: gamma describes what the operator does not explain.
+        coarse = _resample(y, target, plan) if operator is None else operator.initial(y)
         network_dtype = self.degradation_encoder.dtype
         gamma = self.degradation_encoder(coarse.to(network_dtype))
         noise = self.degradation_encoder.estimate(gamma).noise.float()
         gamma = gamma.to(self.pixel_inn.dtype)
-        padded = coarse if operator is not None else _pad(coarse, plan.padded_width, plan.padded_height)
+        padded = y if operator is not None else _pad(coarse, plan.padded_width, plan.padded_height)
         begin = self._start(padded, gamma, plan, settings.init, operator, tiling)
         start = prior.encode(begin)
         trajectory = prior.trajectory(
@@ -400,6 +403,9 @@ class RestorationPipeline(DiffusionPipeline):
         if settings.residual and settings.init != "noise":
             # What the autoencoder alone loses of the start image is no judgement of the prior's: give it back.
             x = x + settings.residual * (begin - prior.decode(start))
+        if operator is not None and data is not None:
+            # What was measured is kept to the pixel; only the rest is the prior's.
+            x = _OnCanvas(operator, plan).project(x, y, float(noise.mean()))
         if operator is None:
             reference = F.interpolate(padded, size=x.shape[-2:], mode="bicubic", antialias=True)
             x = wavelet_color_fix(x, reference)
@@ -408,7 +414,7 @@ class RestorationPipeline(DiffusionPipeline):
         return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
 
     def _start(
-        self, y: Tensor, gamma: Tensor, plan: _Plan, init: Init, operator: Operator | None, tiling: TilingConfig | None
+        self, y: Tensor, gamma: Tensor, plan: _Plan, init: Init | str, operator: Operator | None, tiling: TilingConfig | None
     ) -> Tensor:
         """The image that sampling starts from, on the canvas."""
         size = (plan.padded_height * 2**plan.levels, plan.padded_width * 2**plan.levels)
@@ -460,7 +466,8 @@ class RestorationPipeline(DiffusionPipeline):
 
         lr = settings.guidance.refine_lr if settings.guidance.refine else None
         if operator is not None:
-            return PixelINN(prior, LinearForward(_OnCanvas(operator, plan)), y, plan.pixels, settings.guidance, noise)
+            model = LinearForward(_OnCanvas(operator, plan), float(noise.mean()))
+            return PixelINN(prior, model, y, plan.pixels, settings.guidance, noise)
         if settings.method == "latent-inn" and self.latent_inn is not None:
             model = LearnedForward(self.latent_inn, gamma.to(self.latent_inn.dtype), plan.levels, lr, count)
             return LatentINN(prior, model, prior.encode(y), plan.pixels, settings.guidance, noise)
@@ -664,12 +671,12 @@ def _load_prior(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         )
     import diffusers
 
-    name = diffusers.SchedulerMixin.load_config(folder / "scheduler")["_class_name"]
-    network = AutoModel.from_pretrained(folder, subfolder=denoiser, dtype=dtype, use_safetensors=True)
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    network = AutoModel.from_pretrained(str(folder), subfolder=denoiser, dtype=dtype, use_safetensors=True)
     if getattr(network.config, "cross_attention_dim", None) is not None:
         raise ValueError(f"an unconditional denoiser expected, got {type(network).__name__}, which needs text")
     return {
-        "vae": AutoModel.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True),
+        "vae": AutoModel.from_pretrained(str(folder), subfolder="vae", dtype=dtype, use_safetensors=True),
         "denoiser": network,
         "scheduler": getattr(diffusers, name).from_pretrained(folder / "scheduler"),
     }

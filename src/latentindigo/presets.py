@@ -37,9 +37,9 @@ class Preset:
         guidance: Settings of the guidance.
     """
 
-    method: Method = "latent-inn"
-    update: Update = "projection"
-    init: Init = "estimator"
+    method: Method | str = "latent-inn"
+    update: Update | str = "projection"
+    init: Init | str = "estimator"
     steps: int = 8
     strength: float = 0.4
     eta: float = 0.0
@@ -84,7 +84,7 @@ def load_presets(folder: Path) -> dict[str, Preset]:
     try:
         entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
         presets = {n: Preset(**{**e, "guidance": GuidanceConfig(**e.get("guidance", {}))}) for n, e in entries.items()}
-    except (TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold presets: {error}") from error
     missing = sorted(set(PRESETS) - set(presets))
     if missing:
@@ -115,13 +115,14 @@ def blend_presets(vivid: Preset, faithful: Preset, fidelity: float) -> Preset:
     if not 0 <= fidelity <= 1:
         raise ValueError(f"fidelity must lie in [0, 1] (0 = vivid, 1 = faithful), got {fidelity}")
 
-    def blend(a: Any, b: Any) -> Any:
+    def blend(a: Any, b: Any, kind: Any) -> Any:
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            names = [field.name for field in dataclasses.fields(a)]
-            return type(a)(**{n: blend(getattr(a, n), getattr(b, n)) for n in names})
+            fields = dataclasses.fields(a)
+            return type(a)(**{f.name: blend(getattr(a, f.name), getattr(b, f.name), f.type) for f in fields})
         if isinstance(a, bool) or not isinstance(a, (int, float)):
             return b if fidelity >= 0.5 else a
         value = (1 - fidelity) * a + fidelity * b
-        return round(value) if isinstance(a, int) and isinstance(b, int) else value
+        # By the field's declared type: a file may write a real number as 3, and 3 and 4 still blend to 3.5.
+        return round(value) if kind in (int, "int") else value
 
-    return blend(vivid, faithful)
+    return blend(vivid, faithful, Preset)

@@ -30,7 +30,7 @@ def restore_latent(
     trajectory: Trajectory,
     start: Float[Tensor, "b c h w"],
     data: DataTerm | None,
-    update: Update,
+    update: Update | str,
     regulariser: Regulariser,
     generators: Sequence[torch.Generator],
     on_step: StepCallback | None = None,
@@ -62,7 +62,7 @@ def restore_latent(
             correct = data.projection if update == "projection" else data.descent
             z0 = estimate + regulariser.limit(correct(estimate, data.gain(alpha, sigma)), sigma)
         if data is not None:
-            z0 = regulariser.pull(z0, data) if regulariser.decodes else z0
+            z0 = regulariser.pull(z0, data)
         z_next = trajectory.step(prediction, z0, z_t, i, generators)
         if through:
             z_next = z_next + regulariser.limit(data.descent_through(prediction.z0, z_t, data.gain(alpha, sigma)), sigma)

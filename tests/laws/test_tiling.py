@@ -23,7 +23,7 @@ Windows = Callable[..., list[Tensor]]
 Tiled = Callable[..., Tensor]
 RAMPS: tuple[tiling.Ramp, ...] = ("cosine", "linear")
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=20, deadline=None)
 sizes = st.integers(1, 40)
 tiles_and_overlaps = st.integers(1, 16).flatmap(lambda tile: st.tuples(st.just(tile), st.integers(0, (tile - 1) // 2)))
 

@@ -59,7 +59,7 @@ def camera_exif(orientation: int = 1, comment: bytes | None = b"ASCII\0\0\0by th
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "Camera"
     exif[ExifTags.Base.Orientation] = orientation
-    details: dict[int, Any] = {ExifTags.Base.ExifImageWidth: 5, ExifTags.Base.ExifImageHeight: 4, 0x829A: (1, 60)}
+    details: dict[int, Any] = {ExifTags.Base.ExifImageWidth: 5, ExifTags.Base.ExifImageHeight: 4, 0x829A: 1 / 60}
     if comment is not None:
         details[ExifTags.Base.UserComment] = comment
     exif[ExifTags.IFD.Exif] = details
@@ -535,7 +535,7 @@ def test_a_foreign_comment_is_no_metadata(tmp_path: Path) -> None:
 
 def test_maker_notes_too_long_for_jpeg_are_left_out(tmp_path: Path) -> None:
     exif = camera_exif()
-    exif[ExifTags.IFD.Exif] = {ExifTags.IFD.MakerNote: b"m" * 70000, 0x829A: (1, 60)}
+    exif[ExifTags.IFD.Exif] = {ExifTags.IFD.MakerNote: b"m" * 70000, 0x829A: 1 / 60}
     image = LoadedImage(torch.zeros(3, 4, 4), exif=exif.tobytes())
     with pytest.warns(UserWarning, match="too long for JPEG"):
         save_image(image, tmp_path / "p.jpg", metadata=SETTINGS)
@@ -637,7 +637,7 @@ def test_contact_sheet() -> None:
     pixels = np.asarray(sheet)
     assert sheet.mode == "RGB" and sheet.width > 2 * 64 and sheet.height > 2 * 64
     assert (pixels[:, 4:68] == 128).all(axis=2).sum() == 2 * 64 * 32  # enlarged to the cell, aspect kept
-    assert (pixels == 0).all(axis=2)[30:].sum() >= 32 * 64
+    assert (pixels == 0).all(axis=2)[18:].sum() == 32 * 64
     assert contact_sheet([[small]], ["x"], cell=(40, 20)).height < 64
     with pytest.raises(ValueError, match="one label per column"):
         contact_sheet([[small, grey]], ["input"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -394,6 +395,27 @@ def test_inputs_networks_and_scheduler_stay_as_they_were(prior: LatentPrior) -> 
         now = vars(scheduler)[name]
         assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
     assert all(torch.equal(value, weights[name]) for name, value in prior.denoiser.state_dict().items())
+
+
+def test_threads_may_share_a_prior() -> None:
+    prior = LatentPrior(LinearVAE(), ConvDenoiser(12), DPMSolverMultistepScheduler())
+
+    def restore(seed: int) -> tuple[Tensor, Calls]:
+        calls = Calls()
+        trajectory = prior.counting(calls).trajectory(4 + seed % 3, 0.8)
+        z_t = randn(1, 12, 4, 4, seed=seed)
+        with torch.no_grad():
+            for i in range(len(trajectory)):
+                prediction = trajectory.predict(z_t, i)
+                z_t = trajectory.step(prediction, 0.9 * prediction.z0, z_t, i)
+        return z_t, calls
+
+    alone = [restore(seed) for seed in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(restore, range(6)))
+    for (z_a, calls_a), (z_b, calls_b) in zip(alone, together, strict=True):
+        assert torch.equal(z_a, z_b)
+        assert calls_a == calls_b
 
 
 def test_a_step_keeps_no_graph() -> None:

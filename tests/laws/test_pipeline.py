@@ -1,0 +1,348 @@
+"""Laws of the pipeline, each with a planted defect that breaks it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_pipeline as build_pipeline
+from tolerances import TOL, assert_close
+from torch import Tensor
+
+from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
+from latentindigo.pipeline import RestorationPipeline
+
+Restore = Callable[..., Any]
+
+FAST = {"steps": 2, "output_type": "pt"}
+METHODS = [("latent-inn", "projection"), ("latent-inn", "stopped"), ("latent-inn", "through")]
+METHODS += [("pixel-inn", "projection"), ("pixel-inn", "stopped"), ("pixel-inn", "through"), ("unguided", "stopped")]
+
+
+def photo(height: int = 12, width: int = 10, seed: int = 0) -> Tensor:
+    """A smooth random picture, (3, H, W) in [0, 1]."""
+    noise = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(noise, size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+# --- image alone = image in a batch ----------------------------------------------------------------------------------
+
+
+def check_alone_is_batch(restore: Restore, **settings: Any) -> None:
+    """An image's result does not depend on what it is restored with."""
+    images = [photo(seed=1), photo(seed=2), photo(seed=3)]
+    together = restore(images, **settings).images
+    for k, image in enumerate(images):
+        assert_close(together[k], restore(image, **settings).images[0])
+
+
+@pytest.mark.parametrize(("method", "update"), METHODS)
+def test_alone_is_batch(tiny_pipeline: RestorationPipeline, method: str, update: str) -> None:
+    check_alone_is_batch(tiny_pipeline, scale=2, method=method, update=update, **FAST)
+
+
+def test_alone_is_batch_when_refined_and_noisy(tiny_pipeline: RestorationPipeline) -> None:
+    guidance = {"refine": True, "refine_lr": 1e-2, "beta": 0.8, "regulariser": "renoise"}
+    check_alone_is_batch(tiny_pipeline, scale=2, guidance=guidance, eta=0.7, **FAST)
+
+
+def test_alone_is_batch_catches_a_norm_over_the_batch(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norm_of_the_batch(self: DataTerm, residual: Tensor) -> Tensor:
+        return residual.square().sum().sqrt().expand(len(residual))
+
+    monkeypatch.setattr(DataTerm, "_norm", norm_of_the_batch)
+    settings = {"scale": 2, "update": "stopped", "guidance": {"zeta": 50.0}, **FAST}
+    with pytest.raises(AssertionError):
+        check_alone_is_batch(tiny_pipeline, **settings)
+
+
+def test_alone_is_batch_catches_shared_refinement(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LearnedForward.__init__
+
+    def share_the_copy(self: LearnedForward, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._private = [self._private[0]] * len(self._private)
+        self._optimizers = [torch.optim.Adam(self._private[0].parameters(), lr=0.1)] * len(self._private)
+
+    monkeypatch.setattr(LearnedForward, "__init__", share_the_copy)
+    settings = {"scale": 2, "guidance": {"refine": True, "refine_lr": 0.1, "beta": 1.0, "noise_weight": 0.0}, **FAST}
+    with pytest.raises(AssertionError):
+        check_alone_is_batch(tiny_pipeline, **settings)
+
+
+# --- same seed, same bytes -------------------------------------------------------------------------------------------
+
+
+def check_reproducible(restore: Restore) -> None:
+    """One seed gives one result, and another seed another one."""
+    settings = {"scale": 2, "strength": 0.8, **FAST}
+    first, again = (restore(photo(), seed=7, **settings).images[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, restore(photo(), seed=8, **settings).images[0])
+    assert not torch.equal(restore(photo(), seed=0, **settings).images[0], restore(photo(), seed=1, **settings).images[0])
+
+
+def test_reproducible(tiny_pipeline: RestorationPipeline) -> None:
+    check_reproducible(tiny_pipeline)
+
+
+def test_reproducible_catches_global_noise(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentindigo.sampler.draw_noise", lambda like, generators: torch.randn_like(like))
+    with pytest.raises(AssertionError):
+        check_reproducible(tiny_pipeline)
+
+
+def test_reproducible_catches_an_ignored_seed(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentindigo.sampler.draw_noise", lambda like, generators: torch.ones_like(like))
+    with pytest.raises(AssertionError):
+        check_reproducible(tiny_pipeline)
+
+
+def test_sample_k_uses_seed_plus_k(tiny_pipeline: RestorationPipeline) -> None:
+    settings = {"scale": 2, "strength": 0.8, **FAST}
+    samples = tiny_pipeline(photo(), num_samples=3, seed=5, **settings)
+    for k in range(3):
+        assert_close(samples.images[k], tiny_pipeline(photo(), seed=5 + k, **settings).images[0])
+    assert samples.uncertainty is not None
+    expected = torch.stack(samples.images).std(0).mean(0, keepdim=True)
+    assert_close(samples.uncertainty[0], expected)
+    assert float(expected.max()) > 0
+
+
+def test_one_seed_per_image(tiny_pipeline: RestorationPipeline) -> None:
+    settings = {"scale": 2, "strength": 0.8, **FAST}
+    both = tiny_pipeline([photo(), photo()], seed=[3, 4], **settings).images
+    assert_close(both[1], tiny_pipeline(photo(), seed=4, **settings).images[0])
+    assert not torch.equal(both[0], both[1])
+
+
+# --- calling never changes the pipeline ------------------------------------------------------------------------------
+
+REFINED = {"scale": 2, "guidance": {"refine": True, "refine_lr": 1e-2}, **FAST}
+
+
+def check_unchanged(pipe: RestorationPipeline) -> None:
+    """All weights are the same after a refined call."""
+    before = pipe.weights_hash()
+    for method in ("latent-inn", "pixel-inn"):
+        pipe(photo(), method=method, **REFINED)
+    assert pipe.weights_hash() == before
+
+
+def test_unchanged_by_a_refined_call(tiny_pipeline: RestorationPipeline) -> None:
+    check_unchanged(tiny_pipeline)
+
+
+def test_unchanged_catches_refinement_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentindigo.guidance.copy.deepcopy", lambda network: network)
+    with pytest.raises(AssertionError):
+        check_unchanged(build_pipeline())
+
+
+def test_hash_sees_every_weight() -> None:
+    pipe = build_pipeline()
+    before = pipe.weights_hash()
+    with torch.no_grad():
+        next(iter(pipe.estimator.parameters())).view(-1)[0] += 1e-6
+    assert pipe.weights_hash() != before
+
+
+def check_threads(pipe: RestorationPipeline) -> None:
+    """Two threads at once give the pixels of two runs in turn."""
+    settings = {"scale": 2, "steps": 6, "output_type": "pt", "strength": 0.8}
+    pictures = [photo(seed=1), photo(seed=2)]
+    in_turn = [pipe(p, **settings).images[0] for p in pictures]
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            at_once = list(pool.map(lambda p: pipe(p, **settings).images[0], pictures))
+        for a, b in zip(at_once, in_turn, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_threads(tiny_pipeline: RestorationPipeline) -> None:
+    check_threads(tiny_pipeline)
+
+
+def test_threads_catches_a_shared_target(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The defect: the last target anyone set is everyone's, as if guidance kept it on the shared pipeline.
+    original = LatentINN.__init__
+    shared: dict[str, Tensor] = {}
+
+    def remember(self: LatentINN, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        shared["target"] = self.target
+
+    monkeypatch.setattr(LatentINN, "__init__", remember)
+    monkeypatch.setattr(LatentINN, "target", property(lambda self: shared["target"], lambda self, v: shared.update(target=v)), raising=False)  # fmt: skip
+    with pytest.raises(AssertionError):
+        for _ in range(20):  # A race: give the threads a chance to meet.
+            check_threads(tiny_pipeline)
+
+
+# --- save -> load -> same output; settings reproduce -----------------------------------------------------------------
+
+
+def check_round_trip(pipe: RestorationPipeline, folder: Path) -> None:
+    """A saved and loaded pipeline gives the same pixels."""
+    pipe.save_pretrained(folder)
+    loaded = RestorationPipeline.from_pretrained(folder)
+    for method in ("latent-inn", "pixel-inn"):
+        settings = {"scale": 2, "method": method, **FAST}
+        assert_close(loaded(photo(), **settings).images[0], pipe(photo(), **settings).images[0])
+    assert loaded.presets == pipe.presets
+
+
+def test_save_and_load(tiny_pipeline: RestorationPipeline, tmp_path: Path) -> None:
+    check_round_trip(tiny_pipeline, tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+
+
+def test_save_and_load_catches_a_lost_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build_pipeline()
+    broken = copy.deepcopy(pipe)
+    with torch.no_grad():
+        for parameter in broken.latent_inn.parameters():
+            parameter.zero_()
+    monkeypatch.setattr(pipe, "save_pretrained", broken.save_pretrained)
+    with pytest.raises(AssertionError):
+        check_round_trip(pipe, tmp_path)
+
+
+def check_settings_reproduce(restore: Restore) -> None:
+    """`settings`, given back, give the output back."""
+    calls: list[dict[str, Any]] = [
+        {"preset": "vivid", "scale": 2.0},
+        {"fidelity": 0.3, "scale": 3.0, "guidance": {"beta": 0.7}},
+        {"size": (20, 20), "crop": True, "method": "pixel-inn", "update": "stopped", "seed": 4},
+    ]
+    for call in calls:
+        first = restore(photo(), output_type="pt", **{"steps": 2, **call})
+        again = restore(photo(), output_type="pt", **first.settings)
+        assert torch.equal(first.images[0], again.images[0])
+
+
+def test_settings_reproduce(tiny_pipeline: RestorationPipeline) -> None:
+    check_settings_reproduce(tiny_pipeline)
+
+
+def test_settings_reproduce_catches_a_forgotten_setting(tiny_pipeline: RestorationPipeline) -> None:
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        output = tiny_pipeline(*args, **kwargs)
+        output.settings.pop("guidance")
+        return output
+
+    with pytest.raises(AssertionError):
+        check_settings_reproduce(forgetful)
+
+
+# --- LatentINN never decodes in the loop -----------------------------------------------------------------------------
+
+
+def check_no_decoding(pipe: RestorationPipeline, update: str) -> None:
+    """Inside the loop LatentINN calls the denoiser and the INN, and neither decoder nor encoder."""
+    loop = pipe(photo(), scale=4, method="latent-inn", update=update, **FAST).calls["loop"]
+    assert loop["denoiser"] == 2
+    assert loop["inn"] > 0
+    assert loop["decoder"] == loop["encoder"] == loop["decoder_backward"] == 0
+    assert loop["denoiser_backward"] == (2 if update == "through" else 0)
+
+
+@pytest.mark.parametrize("update", ["projection", "stopped", "through"])
+def test_latent_inn_never_decodes_in_the_loop(tiny_pipeline: RestorationPipeline, update: str) -> None:
+    for preset in tiny_pipeline.presets.values():
+        assert preset.guidance.regulariser not in ("consistency", "gluing")
+    check_no_decoding(tiny_pipeline, update)
+
+
+def test_no_decoding_catches_one_decode(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_once_too_often(self: LatentINN, z0: Tensor) -> Tensor:
+        self.prior.decode(z0)
+        return z0
+
+    monkeypatch.setattr(LatentINN, "open", decode_once_too_often)
+    with pytest.raises(AssertionError):
+        check_no_decoding(tiny_pipeline, "projection")
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def check_no_shift(restore: Restore, scale: float) -> None:
+    """A picture with a left-right and top-bottom symmetry keeps its centre of mass at any scale."""
+    height, width = 23, 31
+    rows = torch.linspace(-1, 1, height)[:, None]
+    columns = torch.linspace(-1, 1, width)[None, :]
+    spot = torch.exp(-4 * (rows**2 + columns**2)).expand(3, -1, -1)
+    x = restore(spot, scale=scale, output_type="pt").images[0].mean(0)
+    assert x.shape == (round(height * scale), round(width * scale))
+    for dim, side in ((0, x.shape[0]), (1, x.shape[1])):
+        profile = x.sum(1 - dim)
+        middle = (profile * (torch.arange(side) + 0.5)).sum() / profile.sum()
+        assert abs(float(middle) / side - 0.5) < 0.25 / side, "the picture moved by more than a quarter of a pixel"
+
+
+def neutral_pipeline() -> RestorationPipeline:
+    """A pipeline whose networks start as they are built, before training: a bicubic enlargement plus nothing."""
+    pipe = build_pipeline()
+    with torch.no_grad():
+        for parameter in pipe.estimator.tail.parameters():
+            parameter.zero_()
+    return pipe
+
+
+NEUTRAL: dict[str, Any] = {"method": "unguided", "strength": 0.05, "steps": 1, "residual": 1.0}
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 0.5, 1.3, 2.7, 3.1, 5.3])
+def test_the_picture_does_not_move(scale: float) -> None:
+    pipe = neutral_pipeline()
+    check_no_shift(lambda image, **kw: pipe(image, **NEUTRAL, **kw), scale)
+
+
+def test_no_shift_catches_a_roll() -> None:
+    pipe = neutral_pipeline()
+
+    def rolled(image: Tensor, **kwargs: Any) -> Any:
+        output = pipe(image, **NEUTRAL, **kwargs)
+        output.images = [i.roll(1, -1) for i in output.images]
+        return output
+
+    with pytest.raises(AssertionError):
+        check_no_shift(rolled, 4)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def check_tiles(pipe: RestorationPipeline, image: Tensor, scale: float) -> None:
+    """A tiled run and an untiled run agree where the networks' reach is shorter than the overlap."""
+    settings = {"scale": scale, "steps": 2, "strength": 0.5, "output_type": "pt"}
+    whole = pipe(image, tile=None, **settings).images[0]
+    tiled = pipe(image, tile=256, **settings).images[0]
+    assert float((whole - tiled).abs().mean()) < TOL[torch.float16].atol
+
+
+def test_tiles_agree(tiny_pipeline: RestorationPipeline) -> None:
+    # The denoiser's group norm looks at the whole tile, hence the tolerance of half precision and a mean.
+    check_tiles(tiny_pipeline, photo(100, 90), 4)
+
+
+def test_tiles_catch_a_seam(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(fn: Callable[[Tensor], Tensor], x: Tensor, tile: int, *args: Any, **kwargs: Any) -> Tensor:
+        return fn(x.roll(tile // 4, -1))
+
+    monkeypatch.setattr("latentindigo.prior.tiled_map", cut)
+    with pytest.raises(AssertionError):
+        check_tiles(tiny_pipeline, photo(100, 90), 4)
