@@ -211,7 +211,12 @@ def fit_patch_basis(
 
     Returns:
         basis (c, 3*f*f) with orthonormal rows, mean (3*f*f,), gains (c,); the latents' mean variance is 1.
+
+    Raises:
+        ValueError: If a patch does not have that many directions.
     """
+    if not 1 <= latent_channels <= patches.shape[1]:
+        raise ValueError(f"latent_channels must lie in 1..{patches.shape[1]}, got {latent_channels}")
     mean = patches.mean(0)
     centred = (patches - mean).double()
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))

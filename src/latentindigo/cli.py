@@ -61,10 +61,11 @@ def main() -> None:
     app()
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"latentindigo {__version__}")
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()

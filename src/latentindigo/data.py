@@ -26,8 +26,19 @@ __all__ = ["PhotoFolder", "sample_generator"]
 def sample_generator(seed: int, *numbers: int) -> torch.Generator:
     """A CPU generator whose seed is a hash of `seed` and `numbers` (for example the sample's number)."""
     key = np.array([seed, *numbers], dtype=np.int64).tobytes()
-    # Two checksums of the key with different starts fill the 64 bits of a torch seed.
-    return torch.Generator().manual_seed((zlib.crc32(key) << 32) | zlib.crc32(key, 0x9E3779B9))
+    # PyTorch's CPU generator uses the low 32 bits of its seed. A checksum fills them and never maps two sample numbers
+    # of one stream to the same seed: it tells all keys apart that differ in one run of at most 32 bits.
+    return torch.Generator().manual_seed(zlib.crc32(key, 0x9E3779B9))
+
+
+def _listed(path: Path) -> set[str]:
+    return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+
+
+def _is_excluded(name: str, patterns: Sequence[str], left_out: set[str]) -> bool:
+    parts = name.split("/")
+    tails = ["/".join(parts[k:]) for k in range(len(parts))]
+    return any(tail in left_out or any(fnmatch.fnmatch(tail, p) for p in patterns) for tail in tails)
 
 
 class PhotoFolder:
@@ -35,8 +46,9 @@ class PhotoFolder:
 
     Args:
         root: Folder, searched recursively.
-        exclude: Glob patterns of paths relative to `root` that must not be used ("ddnm_faces/*").
-        exclude_file: Text file with one relative path per line to leave out as well (the tuning images).
+        exclude: Glob patterns of paths that must not be used ("ddnm_faces/*"), relative to `root` or to any folder
+            below it: giving the folder above by mistake must not let excluded photos in.
+        exclude_file: Text file with one path per line to leave out as well (the tuning images), relative likewise.
         only_file: Text file with one relative path per line; only these are used.
         min_side: Images whose short side is smaller are left out.
 
@@ -54,10 +66,10 @@ class PhotoFolder:
         min_side: int = 64,
     ) -> None:
         names = {path.relative_to(root).as_posix(): path for path in list_images(root, recursive=True)}
-        left_out = set(exclude_file.read_text().split()) if exclude_file else set()
-        kept = [n for n in sorted(names) if n not in left_out and not any(fnmatch.fnmatch(n, p) for p in exclude)]
+        left_out = _listed(exclude_file) if exclude_file else set()
+        kept = [n for n in sorted(names) if not _is_excluded(n, exclude, left_out)]
         if only_file is not None:
-            wanted = set(only_file.read_text().split())
+            wanted = _listed(only_file)
             kept = [n for n in sorted(names) if n in wanted]
         with ThreadPoolExecutor(4) as pool:
             images = list(pool.map(lambda n: (load_image(names[n]).rgb * 255).round().byte(), kept))

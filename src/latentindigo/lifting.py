@@ -18,6 +18,7 @@ Two kinds of split share the same lifting steps:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,13 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     Returns:
         A convolution that keeps the size (divided by ``stride``, rounded up).
     """
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, padding_mode="replicate")
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, padding_mode="replicate")
+    # He's initialisation keeps the size of features from layer to layer. PyTorch's default shrinks them by 2.4 per
+    # convolution and ReLU, and these nets, which have no normalisation, then learn several times more slowly.
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
 
 
 class ConditionedBlocks(nn.Module):
@@ -244,6 +251,10 @@ class ConditionedBlocks(nn.Module):
             raise ValueError(f"width, blocks and gamma_dim must be at least 1, got {width}, {blocks} and {gamma_dim}")
         self.first = nn.ModuleList(conv3x3(width, width) for _ in range(blocks))
         self.second = nn.ModuleList(conv3x3(width, width) for _ in range(blocks))
+        with torch.no_grad():
+            for conv in self.second:
+                # Residuals start small, or a stack of blocks would double the features' variance in each.
+                cast("nn.Conv2d", conv).weight.mul_(0.3)
         hidden = max(width, gamma_dim)
         last = nn.Linear(hidden, blocks * width)
         # The scales start near 1 for every gamma, so an untrained embedding does not switch blocks off.

@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import AutoModel, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.autoencoder import PatchAutoencoder
 from latentindigo.color import wavelet_color_fix
 from latentindigo.guidance import (
     DataTerm,
@@ -669,14 +671,23 @@ def _load_prior(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             f"a prior needs the folders vae, denoiser (or unet) and scheduler; {folder.name!r} lacks "
             f"{', '.join(missing + ([] if denoiser else ['denoiser']))}"
         )
-    import diffusers
-
-    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    network = AutoModel.from_pretrained(str(folder), subfolder=denoiser, dtype=dtype, use_safetensors=True)
+    network = _load_part(folder / denoiser, dtype)
     if getattr(network.config, "cross_attention_dim", None) is not None:
         raise ValueError(f"an unconditional denoiser expected, got {type(network).__name__}, which needs text")
     return {
-        "vae": AutoModel.from_pretrained(str(folder), subfolder="vae", dtype=dtype, use_safetensors=True),
+        "vae": _load_part(folder / "vae", dtype),
         "denoiser": network,
-        "scheduler": getattr(diffusers, name).from_pretrained(folder / "scheduler"),
+        "scheduler": _load_part(folder / "scheduler", None),
     }
+
+
+def _load_part(folder: Path, dtype: torch.dtype | None) -> Any:
+    """A network or scheduler, of the class that its configuration names: one of diffusers' or of ours."""
+    config = next((c for c in ("config.json", "scheduler_config.json") if (folder / c).is_file()), None)
+    if config is None:
+        raise FileNotFoundError(f"expected a configuration in {folder.parent.name}/{folder.name}, found none")
+    name = json.loads((folder / config).read_text()).get("_class_name", "")
+    kind = PatchAutoencoder if name == "PatchAutoencoder" else getattr(diffusers, name, None)
+    if kind is None:
+        raise ValueError(f"{folder.parent.name}/{folder.name} is of class {name!r}, which diffusers does not have")
+    return kind.from_pretrained(folder) if dtype is None else kind.from_pretrained(folder, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,6 @@ GAMMA_DIM = 6
 KINDS: dict[str, type[DataTerm]] = {"pixel": PixelINN, "latent": LatentINN}
 # Only the coarse term, only the distance, and both: a mistake in one of them cannot hide behind the other.
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (2.5, 1.0)]
-UNSQUEEZED = torch.ones(1)
 
 
 def make_inn(channels: int, *, dtype: torch.dtype = torch.float64, scale: float = 0.5, steps: int = 2) -> InvertibleNet:
@@ -43,11 +43,19 @@ def make_inn(channels: int, *, dtype: torch.dtype = torch.float64, scale: float 
     return in_dtype(randomise_(net, 1, scale).eval().requires_grad_(False), dtype)
 
 
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return the orthogonal matrix nearest to a matrix."""
+    left, _, right = torch.linalg.svd(matrix)
+    return left @ right
+
+
 def make_prior(dtype: torch.dtype = torch.float64, kind: str = "v_prediction", **vae: Any) -> LatentPrior:
-    autoencoder = LinearVAE(**vae)
+    autoencoder = in_dtype(LinearVAE(**vae), dtype)
+    # Orthogonal to the precision of float32 only until here; the laws below need E to undo D in float64 as well.
+    autoencoder.matrix.data = orthogonal(autoencoder.matrix.data)
     denoiser = in_dtype(ConvDenoiser(autoencoder.config.latent_channels), dtype)
     scheduler = DDIMScheduler(clip_sample=False)
-    return LatentPrior(in_dtype(autoencoder, dtype), denoiser, scheduler, prediction_type=kind)
+    return LatentPrior(autoencoder, denoiser, scheduler, prediction_type=kind)
 
 
 def latents(batch: int = 2, size: int = 8, dtype: torch.dtype = torch.float64, channels: int = 12) -> Tensor:
@@ -346,9 +354,9 @@ def update_on_texture(name: str, rule: str, repeats: int, kind: type[DataTerm] |
 
 def check_update_is_size_independent(name: str, rule: str, kind: type[DataTerm] | None = None) -> None:
     """A texture tiled 1x and 4x, alone and in a batch, gets the same update per pixel, away from the borders."""
-    alone = update_on_texture(name, rule, 5, kind)
+    alone = update_on_texture(name, rule, 9, kind)
     assert float(alone.square().mean().sqrt()) > 1e-3, "no update, nothing to compare"
-    for update in (update_on_texture(name, rule, 10, kind), update_on_texture(name, rule, 5, kind, batch=3)):
+    for update in (update_on_texture(name, rule, 18, kind), update_on_texture(name, rule, 9, kind, batch=2)):
         error = float((update - alone).square().mean().sqrt() / alone.square().mean().sqrt())
         assert error <= SIZE_TOLERANCE, f"{name}, {rule}: updates differ by {error:.1%}"
 
@@ -398,22 +406,26 @@ class Backwards(LatentINN):
         return super().gain(sigma, alpha)
 
 
+@functools.cache
+def parts_for_gain() -> tuple[LatentPrior, LearnedForward]:
+    return make_prior(), LearnedForward(make_inn(12), torch.zeros(1, GAMMA_DIM), 1)
+
+
 def gains(kind: type[DataTerm], noise: list[float], alpha: float, sigma: float, weight: float = 4.0) -> Tensor:
-    config = GuidanceConfig(noise_weight=weight)
-    model = LearnedForward(make_inn(12), torch.zeros(1, GAMMA_DIM), 1)
-    values = torch.tensor(noise, dtype=torch.float64)
-    return kind(make_prior(), model, torch.zeros(len(noise), 12, 2, 2), 64, config, values).gain(alpha, sigma)
+    config, values = GuidanceConfig(noise_weight=weight), torch.tensor(noise, dtype=torch.float64)
+    prior, model = parts_for_gain()
+    return kind(prior, model, torch.zeros(len(noise), 12, 2, 2), 64, config, values).gain(alpha, sigma)
 
 
 def check_gain(kind: type[DataTerm], noise: float, strength: float) -> None:
     """The gain lies in [0, 1], is 1 without noise, falls as the noise rises and falls along the trajectory."""
     alpha = (1 - strength**2) ** 0.5
     clean, little, much = gains(kind, [0.0, noise, 2 * noise], alpha, strength).tolist()
-    assert clean == 1.0
+    assert abs(clean - 1.0) <= TOL[torch.float64].atol
     assert 0.0 <= much < little < 1.0
     later = strength / 2
     assert gains(kind, [noise], (1 - later**2) ** 0.5, later).item() < little
-    assert gains(kind, [noise], alpha, strength, weight=0.0).item() == 1.0
+    assert abs(gains(kind, [noise], alpha, strength, weight=0.0).item() - 1.0) <= TOL[torch.float64].atol
     # A flow's alpha and sigma do not lie on the unit circle; only their ratio may count.
     flow = gains(kind, [noise], alpha / (alpha + strength), strength / (alpha + strength)).item()
     assert abs(flow - little) <= TOL[torch.float64].atol

