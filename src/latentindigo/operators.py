@@ -128,13 +128,14 @@ def _regularised_inverse(
     y: Tensor,
     damping: float,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    iterations: int = 100,
 ) -> Tensor:
     """Return A^T (A A^T + lambda I)^-1 y."""
 
     def normal(u: Tensor) -> Tensor:
         return operator.forward(operator.adjoint(u)) + damping * u
 
-    return operator.adjoint(conjugate_gradients(normal, y, precondition))
+    return operator.adjoint(conjugate_gradients(normal, y, precondition, iterations=iterations))
 
 
 def _project(operator: Operator, x: Tensor, y: Tensor, noise: float | int) -> Tensor:
@@ -183,12 +184,17 @@ class Blur:
 
     Attributes:
         kernel: (k, l), both odd, summing to 1.
+        iterations: Most iterations of `pinv`. After 40 the image is within 0.1 dB of the limit for usual kernels; what
+            converges later are frequencies that the blur has all but removed.
     """
 
     kernel: Tensor
+    iterations: int = 40
 
     def __post_init__(self) -> None:
         kernel = self.kernel
+        if self.iterations < 1:
+            raise ValueError(f"Blur needs at least one iteration, got {self.iterations}")
         if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
             raise ValueError(f"Blur needs a kernel (k, l) of odd sides, got {tuple(kernel.shape)}; pad it with zeros")
         total = float(kernel.sum())
@@ -233,14 +239,14 @@ class Blur:
 
         Args:
             y: Blurred image or residual, (B, C, H, W).
-            noise: Standard deviation of the noise in y, in [0, 1] units. Even at 0 lambda stays at 1e-4, what the
-                rounding of an 8-bit y amounts to: a blur has frequencies that no number of bits brings back.
+            noise: Standard deviation of the noise in y, in [0, 1] units. Even at 0 lambda stays at 3e-4, a little
+                more than the rounding of an 8-bit y asks for: a blur removes frequencies that y no longer holds.
 
         Returns:
             (B, C, H, W).
         """
         work = _working(y)
-        damping = _damping(noise, 1e-4, 1.0)
+        damping = _damping(noise, 3e-4, 1.0)
         size = tuple(work.shape[-2:])
         # On a torus A A^T is diagonal in frequency; with mirrored borders it nearly is.
         spectrum = torch.fft.rfft2(self.kernel.to(work), s=size).abs() ** 2 + damping
@@ -248,7 +254,7 @@ class Blur:
         def wiener(r: Tensor) -> Tensor:
             return torch.fft.irfft2(torch.fft.rfft2(r) / spectrum, s=size)
 
-        return _regularised_inverse(self, work, damping, wiener).to(y.dtype)
+        return _regularised_inverse(self, work, damping, wiener, self.iterations).to(y.dtype)
 
     def project(self, x: Images, y: OtherImages, noise: float | int = 0.0) -> Images:
         """Return x + A^+ (y - A x)."""

@@ -19,17 +19,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
-from jaxtyping import Float
 from torch import Tensor
 
 from latentindigo.autoencoder import PatchAutoencoder
+from latentindigo.canvas import (
+    ImageInput,
+    OnCanvas,
+    Plan,
+    centre_crop,
+    from_tensor,
+    group_by_size,
+    make_plan,
+    output_size,
+    pad_to,
+    tiling_for,
+    tiling_from,
+    to_coarse_grid,
+    to_tensors,
+)
 from latentindigo.color import wavelet_color_fix
 from latentindigo.guidance import (
     DataTerm,
@@ -38,11 +50,9 @@ from latentindigo.guidance import (
     LearnedForward,
     LinearForward,
     PixelINN,
-    Regulariser,
     Update,
     make_regulariser,
 )
-from latentindigo.images import LoadedImage, from_pil, to_pil
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.model_folder import model_folder
 from latentindigo.operators import Operator
@@ -53,15 +63,8 @@ from latentindigo.tiling import TilingConfig, tiled_map
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
-MAX_LEVELS = 3
-MAX_SCALE = 8.0
-AUTO_TILE_PIXELS = 1536 * 1536  # Above this many output pixels, "auto" tiles; below, all stages fit in about 2 GiB.
-AUTO_TILE = 1024
-SMALLEST_TILE = 256
-TILE_OVERLAP = 128
-BATCH_PIXELS = 1024 * 1024
+MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
-ImageInput = PIL.Image.Image | np.ndarray | Tensor
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
 
 
@@ -86,24 +89,6 @@ class RestorationOutput(BaseOutput):
     uncertainty: list[Tensor] | None
     settings: dict[str, Any]
     calls: dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Geometry of one pass: y (any size) -> coarse grid (padded) -> canvas = coarse * 2^levels -> output."""
-
-    levels: int
-    width: int
-    height: int
-    coarse_width: int
-    coarse_height: int
-    padded_width: int
-    padded_height: int
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of the canvas."""
-        return self.padded_height * self.padded_width * 4**self.levels
 
 
 @dataclass(frozen=True)
@@ -289,7 +274,7 @@ class RestorationPipeline(DiffusionPipeline):
         Raises:
             ValueError: For images or settings that do not fit; the message says what was expected.
         """
-        images, is_grey = _to_tensors(image)
+        images, is_grey = to_tensors(image)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
@@ -299,18 +284,18 @@ class RestorationPipeline(DiffusionPipeline):
             preset, fidelity, operator, method=method, update=update, init=init, steps=steps, strength=strength,
             guidance=guidance, eta=eta, residual=residual,
         )  # fmt: skip
-        run = _Run(chosen, operator, _tiling(tile), callback_on_step_end)
+        run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
         restored: list[Tensor] = [torch.empty(0)] * len(jobs)
         maps: list[Tensor] = [torch.empty(0)] * len(jobs)
         calls, loop_calls = Calls(), Calls()
         # An operator's pseudo-inverse is damped by one noise level, so its images go one by one.
-        for group in _groups(jobs, images, scale, size) if operator is None else [[n] for n in range(len(jobs))]:
+        for group in group_by_size(jobs, images, scale, size) if operator is None else [[n] for n in range(len(jobs))]:
             batch = torch.stack([images[jobs[n][0]] for n in group])
-            target = _output_size(batch.shape[-1], batch.shape[-2], scale, size, crop)
+            target = output_size(batch.shape[-1], batch.shape[-2], scale, size, crop)
             outputs = self._restore(batch, target, [jobs[n][1] for n in group], run, calls, loop_calls)
             for n, x, detail in zip(group, *outputs, strict=True):
-                restored[n], maps[n] = (_centre_crop(t, size) if crop and size else t for t in (x, detail))
+                restored[n], maps[n] = (centre_crop(t, size) if crop and size else t for t in (x, detail))
         uncertainty = None
         if num_samples > 1:
             samples = [torch.stack(restored[k : k + num_samples]) for k in range(0, len(jobs), num_samples)]
@@ -322,16 +307,14 @@ class RestorationPipeline(DiffusionPipeline):
         }  # fmt: skip
         grey = [is_grey[k] for k, _ in jobs]
         return RestorationOutput(
-            images=[_from_tensor(x, output_type, g) for x, g in zip(restored, grey, strict=True)],
+            images=[from_tensor(x, output_type, g) for x, g in zip(restored, grey, strict=True)],
             detail_maps=maps,
             uncertainty=uncertainty,
             settings=settings,
             calls={"total": dataclasses.asdict(calls), "loop": dataclasses.asdict(loop_calls)},
         )
 
-    def _resolve(
-        self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any
-    ) -> Preset:
+    def _resolve(self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any) -> Preset:
         """The preset with everything that overrides it."""
         if preset not in self.presets:
             raise ValueError(f"preset must be one of {', '.join(self.presets)}, got {preset!r}")
@@ -343,12 +326,12 @@ class RestorationPipeline(DiffusionPipeline):
         given = {name: value for name, value in overrides.items() if value is not None}
         if operator is not None:
             if given.setdefault("method", "pixel-inn") == "latent-inn":
-                raise ValueError("a known operator acts on pixels; use method='pixel-inn' (or 'unguided') with operator")
+                raise ValueError("a known operator acts on pixels; use method='pixel-inn' or 'unguided' with it")
             given.setdefault("update", "projection")
         chosen = dataclasses.replace(base, **given)
         if chosen.method == "latent-inn" and self.latent_inn is None:
             if overrides.get("method") is not None:
-                raise ValueError("this model has no latent INN; use method='pixel-inn' or train one for its autoencoder")
+                raise ValueError("this model has no latent INN; use method='pixel-inn', or train one")
             chosen = dataclasses.replace(chosen, method="pixel-inn")
         if chosen.init == "estimator" and self.estimator is None:
             chosen = dataclasses.replace(chosen, init="encode")
@@ -371,18 +354,18 @@ class RestorationPipeline(DiffusionPipeline):
         device = self.denoiser.device
         settings, operator = run.preset, run.operator
         prior = self._build_prior().counting(calls)
-        plan = _make_plan(y.shape[-1], y.shape[-2], target, prior, operator)
-        tiling = _tiling_for(run.tile, plan.pixels)
+        plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
+        tiling = tiling_for(run.tile, plan.pixels)
         if tiling is not None:
             prior = prior.tiled(tiling)
         y = y.to(device)
         # Holes and known blur are no unknown damage: gamma describes what the operator does not explain.
-        coarse = _resample(y, target, plan) if operator is None else operator.initial(y)
+        coarse = to_coarse_grid(y, target, plan) if operator is None else operator.initial(y)
         network_dtype = self.degradation_encoder.dtype
         gamma = self.degradation_encoder(coarse.to(network_dtype))
         noise = self.degradation_encoder.estimate(gamma).noise.float()
         gamma = gamma.to(self.pixel_inn.dtype)
-        padded = y if operator is not None else _pad(coarse, plan.padded_width, plan.padded_height)
+        padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
         begin = self._start(padded, gamma, plan, settings.init, operator, tiling)
         start = prior.encode(begin)
         trajectory = prior.trajectory(
@@ -407,7 +390,7 @@ class RestorationPipeline(DiffusionPipeline):
             x = x + settings.residual * (begin - prior.decode(start))
         if operator is not None and data is not None:
             # What was measured is kept to the pixel; only the rest is the prior's.
-            x = _OnCanvas(operator, plan).project(x, y, float(noise.mean()))
+            x = OnCanvas(operator, plan).project(x, y, float(noise.mean()))
         if operator is None:
             reference = F.interpolate(padded, size=x.shape[-2:], mode="bicubic", antialias=True)
             x = wavelet_color_fix(x, reference)
@@ -416,12 +399,18 @@ class RestorationPipeline(DiffusionPipeline):
         return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
 
     def _start(
-        self, y: Tensor, gamma: Tensor, plan: _Plan, init: Init | str, operator: Operator | None, tiling: TilingConfig | None
+        self,
+        y: Tensor,
+        gamma: Tensor,
+        plan: Plan,
+        init: Init | str,
+        operator: Operator | None,
+        tiling: TilingConfig | None,
     ) -> Tensor:
         """The image that sampling starts from, on the canvas."""
         size = (plan.padded_height * 2**plan.levels, plan.padded_width * 2**plan.levels)
         if operator is not None:
-            return _pad(operator.initial(y), size[1], size[0]).clamp(0, 1)
+            return pad_to(operator.initial(y), size[1], size[0]).clamp(0, 1)
         if init == "estimator" and self.estimator is not None:
             levels, estimator = min(plan.levels, 2), self.estimator
             weights = gamma.to(estimator.dtype)
@@ -454,7 +443,7 @@ class RestorationPipeline(DiffusionPipeline):
         y: Tensor,
         gamma: Tensor,
         noise: Tensor,
-        plan: _Plan,
+        plan: Plan,
         settings: Preset,
         operator: Operator | None,
         calls: Calls,
@@ -468,7 +457,7 @@ class RestorationPipeline(DiffusionPipeline):
 
         lr = settings.guidance.refine_lr if settings.guidance.refine else None
         if operator is not None:
-            model = LinearForward(_OnCanvas(operator, plan), float(noise.mean()))
+            model = LinearForward(OnCanvas(operator, plan), float(noise.mean()))
             return PixelINN(prior, model, y, plan.pixels, settings.guidance, noise)
         if settings.method == "latent-inn" and self.latent_inn is not None:
             model = LearnedForward(self.latent_inn, gamma.to(self.latent_inn.dtype), plan.levels, lr, count)
@@ -500,166 +489,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             diffusers_logging.enable_progress_bar()
-
-
-class _OnCanvas:
-    """A known operator on a padded canvas: acts on the part of the canvas that is the image."""
-
-    def __init__(self, operator: Operator, plan: _Plan) -> None:
-        self.operator, self.height, self.width = operator, plan.height, plan.width
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Y = A (crop of x)."""
-        return self.operator.forward(x[..., : self.height, : self.width])
-
-    def project(self, x: Tensor, y: Tensor, noise: float = 0.0) -> Tensor:
-        """X with its image part projected."""
-        out = x.clone()
-        out[..., : self.height, : self.width] = self.operator.project(x[..., : self.height, : self.width], y, noise)
-        return out
-
-
-# ---------------------------------------------------------------------------------------------------- inputs, geometry
-
-
-def _to_tensors(image: ImageInput | Sequence[ImageInput]) -> tuple[list[Tensor], list[bool]]:
-    """All images as (3, H, W) float32 in [0, 1], and which of them are grey PIL images."""
-    if isinstance(image, Tensor) and image.ndim == 4:
-        image = list(image)
-    elif isinstance(image, (PIL.Image.Image, np.ndarray, Tensor)):
-        image = [image]
-    if not image:
-        raise ValueError("at least one image expected, got an empty list")
-    pairs = [_to_tensor(item) for item in image]
-    return [t for t, _ in pairs], [g for _, g in pairs]
-
-
-def _to_tensor(image: ImageInput) -> tuple[Tensor, bool]:
-    if isinstance(image, PIL.Image.Image):
-        loaded = from_pil(image)
-        return loaded.rgb, loaded.mode == "L"
-    if isinstance(image, np.ndarray):
-        if image.ndim == 2:
-            image = image[..., None]
-        if image.ndim != 3 or image.shape[-1] not in (1, 3):
-            raise ValueError(f"an array (H, W, 3), (H, W, 1) or (H, W) expected, got shape {image.shape}")
-        if image.dtype.kind == "u":
-            image = image.astype(np.float32) / np.iinfo(image.dtype).max
-        image = torch.from_numpy(np.ascontiguousarray(image.astype(np.float32))).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise ValueError(f"a PIL image, an array or a tensor expected, got {type(image).__name__}")
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
-        raise ValueError(f"a float tensor (3, H, W) or (B, 3, H, W) expected, got {tuple(image.shape)} {image.dtype}")
-    if image.numel() == 0:
-        raise ValueError(f"an image of at least one pixel expected, got shape {tuple(image.shape)}")
-    low, high = float(image.min()), float(image.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f"pixels in [0, 1] expected, got values from {low:.3g} to {high:.3g}; divide by 255 first")
-    return image.detach().float().cpu().clamp(0, 1).expand(3, -1, -1), False
-
-
-def _from_tensor(x: Tensor, output_type: str, grey: bool) -> Any:
-    if output_type == "pt":
-        return x
-    if output_type == "np":
-        return x.permute(1, 2, 0).numpy()
-    if output_type != "pil":
-        raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
-    return to_pil(LoadedImage(rgb=x, mode="L" if grey else "RGB"))
-
-
-def _output_size(
-    width: int, height: int, scale: float, size: tuple[int, int] | None, crop: bool
-) -> tuple[int, int]:
-    """(width, height) of the output before a crop."""
-    if size is not None:
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size must be (width, height) of at least 1 pixel each, got {size}")
-        choose = max if crop else min
-        scale = choose(size[0] / width, size[1] / height)
-    if not (math.isfinite(scale) and 0 < scale <= 64):
-        raise ValueError(f"scale must lie in (0, 64], got {scale}")
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _make_plan(
-    width: int, height: int, target: tuple[int, int], prior: LatentPrior, operator: Operator | None
-) -> _Plan:
-    """Choose J, the integer nearest to log2 of the scale, at most 3, and the padded coarse grid."""
-    if operator is not None:
-        # The operator fixes the grid; the canvas is only padded for the networks, with J = 0 for the detail map.
-        width, height = round(width * operator.scale), round(height * operator.scale)
-        multiple = prior.size_multiple
-        padded = (-(-width // multiple) * multiple, -(-height // multiple) * multiple)
-        return _Plan(0, width, height, width, height, *padded)
-    scale = math.sqrt((target[0] / width) * (target[1] / height))
-    levels = min(MAX_LEVELS, max(0, round(math.log2(scale))))
-    factor = 2**levels
-    coarse = (-(-target[0] // factor), -(-target[1] // factor))
-    # E(y) needs y to be a multiple of the autoencoder's factor, the canvas one of the denoiser's.
-    multiple = max(prior.downsampling, prior.size_multiple // factor)
-    padded = tuple(-(-side // multiple) * multiple for side in coarse)
-    return _Plan(levels, *target, *coarse, padded[0], padded[1])
-
-
-def _resample(y: Tensor, target: tuple[int, int], plan: _Plan) -> Tensor:
-    """Bring y to the coarse grid, output / 2^J, antialiased; as it is when it already lies there.
-
-    The grid's last row and column may lie partly beyond the image, when the output is no multiple of 2^J. So y is
-    continued by repeated pixels, resampled by the exact factor, and cut: the picture is never stretched to fit.
-    """
-    factor = 2**plan.levels
-    ratios = (target[1] / factor / y.shape[-2], target[0] / factor / y.shape[-1])
-    if ratios == (1.0, 1.0):
-        return y
-    size = (plan.coarse_height, plan.coarse_width)
-    grown = [max(0, math.ceil(n / r) + 1 - side) for n, r, side in zip(size, ratios, y.shape[-2:], strict=True)]
-    y = F.pad(y, (0, grown[1], 0, grown[0]), mode="replicate")
-    y = F.interpolate(y, scale_factor=ratios, mode="bicubic", antialias=True)
-    return y[..., : size[0], : size[1]].clamp(0, 1)
-
-
-def _pad(x: Tensor, width: int, height: int) -> Tensor:
-    """Pad right and below: mirrored where the image is large enough, its last pixels repeated where not."""
-    right, bottom = width - x.shape[-1], height - x.shape[-2]
-    if right == 0 and bottom == 0:
-        return x
-    mode = "reflect" if right < x.shape[-1] and bottom < x.shape[-2] else "replicate"
-    return F.pad(x, (0, right, 0, bottom), mode=mode)
-
-
-def _groups(
-    jobs: Sequence[tuple[int, int]], images: Sequence[Tensor], scale: float, size: tuple[int, int] | None
-) -> list[list[int]]:
-    """Jobs whose images have one size, in batches of a bounded number of output pixels."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for n, (k, _) in enumerate(jobs):
-        by_size.setdefault(tuple(images[k].shape), []).append(n)
-    groups: list[list[int]] = []
-    for shape, members in by_size.items():
-        width, height = _output_size(shape[-1], shape[-2], scale, size, crop=True)
-        count = max(1, BATCH_PIXELS // max(1, width * height))
-        groups += [members[i : i + count] for i in range(0, len(members), count)]
-    return groups
-
-
-def _centre_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
-    left, top = (x.shape[-1] - size[0]) // 2, (x.shape[-2] - size[1]) // 2
-    return x[..., max(0, top) : max(0, top) + size[1], max(0, left) : max(0, left) + size[0]]
-
-
-def _tiling(tile: Literal["auto"] | int | None) -> TilingConfig | None | Literal["auto"]:
-    if tile is None or tile == "auto":
-        return tile
-    if not isinstance(tile, int) or tile < SMALLEST_TILE:
-        raise ValueError(f"tile must be 'auto', None or a side of at least {SMALLEST_TILE} output pixels, got {tile!r}")
-    return TilingConfig(tile=tile // 32 * 32, overlap=min(TILE_OVERLAP, tile // 4 // 32 * 32))
-
-
-def _tiling_for(tile: TilingConfig | None | Literal["auto"], pixels: int) -> TilingConfig | None:
-    if tile != "auto":
-        return tile
-    return TilingConfig(tile=AUTO_TILE, overlap=TILE_OVERLAP) if pixels > AUTO_TILE_PIXELS else None
 
 
 def _load_prior(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
