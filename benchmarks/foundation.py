@@ -189,10 +189,7 @@ def real(bench: Bench) -> Sequence[str]:
     done = {
         (r["image"], r["protocol"]): r for r in map(json.loads, log.read_text().splitlines() if log.exists() else [])
     }
-    sizes: dict[str, int] = {}
-    for path in list_images(folder):
-        with PIL.Image.open(path) as image:
-            sizes[path.relative_to(folder).as_posix()] = image.width * image.height
+    sizes = {path.relative_to(folder).as_posix(): _pixels(path) for path in list_images(folder)}
     names = sorted(sizes, key=lambda name: (sizes[name], name))[: bench.args.limit]
     bench.protocols = [Protocol(f"real-x{s}", "unknown", s, "real", count=bench.args.limit) for s in (2, 4)]
     for name in names:
@@ -211,6 +208,14 @@ def real(bench: Bench) -> Sequence[str]:
         bench.add(rows, entry_of(rows[0], **numbers))
     _contact_sheet(sorted(n for n in names if not done[n, "real-x4"]["failed"]), folder, keep)
     return ("seconds", "peak_mb", "megapixels", "failed")
+
+
+def _pixels(path: Path) -> int:
+    try:
+        with PIL.Image.open(path) as image:
+            return image.width * image.height
+    except OSError:  # The restoration will meet it again and count it as a failure.
+        return 0
 
 
 def _restore_file(bench: Bench, source: Path, target: Path, name: str, protocol: Protocol) -> Row:

@@ -98,7 +98,7 @@ def _round_trips(bench: Bench, protocol: Protocol, pairs: Sequence[Pair]) -> Non
             if inn is None:
                 continue
             net = copy.deepcopy(inn)
-            net.to(dtype)
+            net = net.double() if dtype == torch.float64 else net.float()
             errors: dict[int, list[float]] = {0: [], 1: [], 2: []}
             for pair in pairs:
                 x = pair.clean[None].to(bench.prior.device)

@@ -432,7 +432,15 @@ def _run(
         TimeRemainingColumn(),
     )
     outcomes = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    # Nothing is redirected: results belong on stdout even while the bar is on stderr.
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    ) as bar:
         photos = bar.add_task("photos", total=len(tasks), status="")
 
         def on_step(task: Task, done: int) -> None:
@@ -441,7 +449,9 @@ def _run(
         for outcome in restore_files(get_pipe, tasks, settings, overwrite=overwrite, on_step=on_step):
             outcomes.append(outcome)
             bar.update(photos, advance=1, status="")
+            bar.stop()  # Take the bar away, or the lines would be written into it where both are one terminal.
             _report(console, outcome, as_json)
+            bar.start()
     done = sum(outcome.status == "done" for outcome in outcomes)
     if len(outcomes) > 1 or done < len(outcomes):
         console.print(f"{done} restored, {len(outcomes) - done} failed", markup=False)

@@ -1,29 +1,55 @@
-"""Synthetic degradations: blur kernels, resizing, noise, a tensor JPEG and the recipes made of them.
+"""Synthetic degradations: the named ones that benchmarks use and the recipes that training draws from.
 
-Everything is a pure function of (x, params, generator). A recipe is drawn first, as data (`Degradation`, a tuple of
-steps), and applied second, so the same draw can be applied with and without its noise and its JPEG: the second form is
-what the coarse part of the invertible network is meant to simulate.
+Everything is a pure function of (x, params, generator). A recipe is drawn first, as data, and applied second: a
+degradation drawn is a `Degradation` of `degradation_steps`, whose steps are operations of `filters` and `jpeg`. Their
+public names are public here too, so that a user of degradations needs this module alone.
 
 | symbol | here | meaning |
 | --- | --- | --- |
 | x | `x` | clean image, (B, C, H, W), [0, 1] |
 | y | return value of `apply` and `degrade` | degraded image, (B, C, H/s, W/s), [0, 1] |
-| s | `Degradation.scale` | integer downsampling factor |
+| s | `scale` | integer downsampling factor |
 | k | `kernel` | blur kernel, (k, k) or (B, k, k), sums to 1 |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from latentindigo.degradation_steps import (
+    BlurStep,
+    Degradation,
+    JpegFunction,
+    JpegStep,
+    NoiseStep,
+    PoissonStep,
+    ResizeStep,
+    RoundStep,
+    Step,
+    Summary,
+    apply,
+)
+from latentindigo.filters import (
+    Number,
+    ResizeMode,
+    add_gaussian_noise,
+    add_poisson_noise,
+    blur,
+    gaussian_kernel,
+    generalised_gaussian_kernel,
+    plateau_kernel,
+    resize,
+    round8,
+    sinc_kernel,
+)
+from latentindigo.jpeg import jpeg
 
 __all__ = [
     "STANDARD",
@@ -58,560 +84,12 @@ __all__ = [
     "sinc_kernel",
 ]
 
-ResizeMode = Literal["bicubic", "bilinear", "area"]
-JpegFunction = Callable[[Tensor, int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
-# Spelled out because run-time type checkers, unlike static ones, do not take an int for a float.
-Number = float | int
 
 MAX_BLUR = 3.2
 MAX_NOISE = 30 / 255
 MAX_POISSON = 3.0
 MIN_QUALITY = 10
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blur kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _mahalanobis(size: int, sigma_x: Number, sigma_y: Number, angle: Number) -> Tensor:
-    """Return u^T S^-1 u on a centred (size, size) grid, S the covariance turned by `angle`."""
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"kernel size must be odd and positive, got {size}; use {size + 1}")
-    if sigma_x <= 0 or sigma_y <= 0:
-        raise ValueError(f"kernel sigma must be positive, got ({sigma_x}, {sigma_y}); leave the blur out for sigma 0")
-    axis = torch.arange(size, dtype=torch.float64) - size // 2
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    along = math.cos(angle) * u + math.sin(angle) * v
-    across = -math.sin(angle) * u + math.cos(angle) * v
-    return (along / sigma_x) ** 2 + (across / sigma_y) ** 2
-
-
-def _normalised(kernel: Tensor) -> Tensor:
-    return (kernel / kernel.sum()).float()
-
-
-def gaussian_kernel(
-    size: int, sigma_x: Number, sigma_y: Number | None = None, angle: Number = 0.0
-) -> Float[Tensor, "k k"]:
-    """Return the Gaussian kernel exp(-q/2), q = u^T S^-1 u.
-
-    Args:
-        size: Odd side k of the kernel, in pixels.
-        sigma_x: Standard deviation along `angle`, in pixels, positive.
-        sigma_y: Standard deviation across it; None means isotropic.
-        angle: Direction of `sigma_x`, in radians.
-
-    Returns:
-        (k, k) float32 kernel that sums to 1.
-
-    Raises:
-        ValueError: If the size is even or a sigma is not positive.
-    """
-    return _normalised(torch.exp(-0.5 * _mahalanobis(size, sigma_x, sigma_y or sigma_x, angle)))
-
-
-def generalised_gaussian_kernel(
-    size: int, sigma_x: Number, sigma_y: Number | None = None, angle: Number = 0.0, beta: Number = 1.0
-) -> Float[Tensor, "k k"]:
-    """Return the generalised Gaussian kernel exp(-q^beta/2); beta 1 is the Gaussian, smaller has heavier tails.
-
-    Args:
-        size: Odd side k of the kernel, in pixels.
-        sigma_x: Scale along `angle`, in pixels, positive.
-        sigma_y: Scale across it; None means isotropic.
-        angle: Direction of `sigma_x`, in radians.
-        beta: Shape, positive.
-
-    Returns:
-        (k, k) float32 kernel that sums to 1.
-
-    Raises:
-        ValueError: If the size is even or a sigma is not positive.
-    """
-    return _normalised(torch.exp(-0.5 * _mahalanobis(size, sigma_x, sigma_y or sigma_x, angle) ** beta))
-
-
-def plateau_kernel(
-    size: int, sigma_x: Number, sigma_y: Number | None = None, angle: Number = 0.0, beta: Number = 1.0
-) -> Float[Tensor, "k k"]:
-    """Return the plateau-shaped kernel 1/(1 + q^beta), flat in the middle like an out-of-focus disc.
-
-    Args:
-        size: Odd side k of the kernel, in pixels.
-        sigma_x: Scale along `angle`, in pixels, positive.
-        sigma_y: Scale across it; None means isotropic.
-        angle: Direction of `sigma_x`, in radians.
-        beta: Steepness of the plateau's edge, positive.
-
-    Returns:
-        (k, k) float32 kernel that sums to 1.
-
-    Raises:
-        ValueError: If the size is even or a sigma is not positive.
-    """
-    return _normalised(1 / (1 + _mahalanobis(size, sigma_x, sigma_y or sigma_x, angle) ** beta))
-
-
-def sinc_kernel(size: int, cutoff: Number) -> Float[Tensor, "k k"]:
-    """Return the circular low-pass kernel cutoff * J1(cutoff * r) / (2 pi r), which rings like over-sharpened images.
-
-    Args:
-        size: Odd side k of the kernel, in pixels.
-        cutoff: Cut-off in radians per pixel, in (0, pi].
-
-    Returns:
-        (k, k) float32 kernel that sums to 1; it has negative lobes.
-
-    Raises:
-        ValueError: If the size is even or the cut-off is outside (0, pi].
-    """
-    if not 0 < cutoff <= math.pi + 1e-9:
-        raise ValueError(f"sinc cutoff must be in (0, pi] radians per pixel, got {cutoff}")
-    radius = _mahalanobis(size, 1.0, 1.0, 0.0).sqrt()
-    centre = radius == 0
-    safe = radius.masked_fill(centre, 1.0)
-    kernel = cutoff * torch.special.bessel_j1(cutoff * safe) / (2 * math.pi * safe)
-    return _normalised(kernel.masked_fill(centre, cutoff**2 / (4 * math.pi)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Elementary operations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def blur(x: Float[Tensor, "b c h w"], kernel: Float[Tensor, "*kb k k"]) -> Float[Tensor, "b c h w"]:
-    """Convolve each image with its kernel; borders are mirrored.
-
-    Args:
-        x: Images, (B, C, H, W).
-        kernel: One (k, k) kernel for all images or (B, k, k), k odd.
-
-    Returns:
-        Blurred images of the same shape. Not clamped: the operation is linear.
-
-    Raises:
-        ValueError: If the kernel is even-sized, not square, or there is not one per image.
-    """
-    batch, channels, height, width = x.shape
-    size = kernel.shape[-1]
-    if size % 2 == 0 or kernel.shape[-2] != size:
-        raise ValueError(f"blur needs a square kernel of odd size, got {tuple(kernel.shape)}; pad it with zeros")
-    if kernel.ndim == 3 and kernel.shape[0] not in (1, batch):
-        raise ValueError(f"blur needs one kernel or one per image, got {kernel.shape[0]} for {batch} images")
-    # Convolution, not correlation: a motion blur must point where its kernel points.
-    weight = kernel.to(x).flip(-2, -1).reshape(-1, 1, size, size).expand(batch, 1, size, size)
-    weight = weight.repeat_interleave(channels, dim=0)
-    half = size // 2
-    # Mirroring needs more pixels than it adds; tiny images fall back to repeating the border.
-    padding = "reflect" if half < min(height, width) else "replicate"
-    padded = F.pad(x, (half, half, half, half), mode=padding) if half else x
-    # One depthwise convolution for the whole batch: several times faster on CPU than one call per image.
-    out = F.conv2d(padded.reshape(1, batch * channels, *padded.shape[-2:]), weight, groups=batch * channels)
-    return out.reshape(x.shape)
-
-
-def resize(
-    x: Float[Tensor, "b c h w"], size: tuple[int, int], mode: ResizeMode = "bicubic", *, antialias: bool = True
-) -> Float[Tensor, "b c h2 w2"]:
-    """Resample to `size`; "bicubic" is Pillow's antialiased filter with a = -0.5.
-
-    Args:
-        x: Images, (B, C, H, W).
-        size: (height, width) of the result.
-        mode: "bicubic", "bilinear" or "area".
-        antialias: False samples without a low-pass, as the published degradation recipes do.
-
-    Returns:
-        (B, C, *size) images. Not clamped (bicubic overshoots): the operation is linear.
-
-    Raises:
-        ValueError: If a side is below 1 or the mode is unknown.
-    """
-    if min(size) < 1:
-        raise ValueError(f"resize needs sides of at least 1 pixel, got {size}")
-    if mode not in ("bicubic", "bilinear", "area"):
-        raise ValueError(f"unknown resize mode {mode!r}; use bicubic, bilinear or area")
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x.clone()
-    if mode == "area":
-        return F.interpolate(x, size=size, mode="area")
-    return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=antialias)
-
-
-def round8(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Round to the 256 levels of an 8-bit image; the gradient passes as if nothing had happened (straight-through)."""
-    return _straight_through(x, torch.round(x.clamp(0, 1) * 255) / 255)
-
-
-def _straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `x`."""
-    return x + (value - x).detach() if x.requires_grad else value
-
-
-def _noise_like(x: Tensor, generator: torch.Generator, channels: int | None = None) -> Tensor:
-    # Drawn in float32 on the generator's device: one seed means one noise, whatever x's dtype and device are.
-    shape = (x.shape[0], channels or x.shape[1], *x.shape[-2:])
-    return torch.randn(shape, generator=generator, device=generator.device).to(x)
-
-
-def add_gaussian_noise(
-    x: Float[Tensor, "b c h w"],
-    sigma: Number,
-    generator: torch.Generator,
-    *,
-    grey: bool = False,
-    mix: Float[Tensor, "c c"] | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Add white Gaussian noise and clamp to [0, 1].
-
-    Args:
-        x: Images, (B, C, H, W), [0, 1].
-        sigma: Standard deviation in units of [0, 1]; 15/255 is "15".
-        generator: Source of the noise.
-        grey: The same noise in all channels.
-        mix: Channel mixing matrix for correlated noise; multiplies the white noise.
-
-    Returns:
-        Noisy images in [0, 1].
-    """
-    if sigma == 0:
-        return x.clamp(0, 1)
-    noise = _noise_like(x, generator, 1 if grey else None)
-    if mix is not None:
-        noise = torch.einsum("ij,bjhw->bihw", mix.to(noise), noise)
-    return (x + sigma * noise).clamp(0, 1)
-
-
-def add_poisson_noise(
-    x: Float[Tensor, "b c h w"], strength: Number, generator: torch.Generator, *, grey: bool = False
-) -> Float[Tensor, "b c h w"]:
-    """Add shot noise: strength * (Poisson(256 x)/256 - x), then clamp to [0, 1].
-
-    The published recipe takes the number of distinct grey levels in place of 256, which is 256 on photographs; the
-    constant keeps the noise of a crop independent of what else is in it.
-
-    Args:
-        x: Images, (B, C, H, W), [0, 1].
-        strength: Multiplier of the noise; the standard deviation at mid-grey is 0.044 * strength.
-        generator: Source of the noise.
-        grey: Noise of the luma, the same in all channels.
-
-    Returns:
-        Noisy images in [0, 1].
-    """
-    if strength == 0:
-        return x.clamp(0, 1)
-    base = x.clamp(0, 1)
-    signal = _luma(base) if grey else base
-    photons = (signal.detach() * 256).float().to(generator.device)
-    noise = torch.poisson(photons, generator=generator).to(x) / 256 - signal.detach()
-    return (base + strength * noise).clamp(0, 1)
-
-
-def _luma(x: Tensor) -> Tensor:
-    if x.shape[1] != 3:
-        return x.mean(dim=1, keepdim=True)
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device).reshape(1, 3, 1, 1)
-    return (x * weights).sum(dim=1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# JPEG
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Annex K of the JPEG standard, which libjpeg scales by quality.
-_LUMA_TABLE = (
-    (16, 11, 10, 16, 24, 40, 51, 61),
-    (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77),
-    (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101),
-    (72, 92, 95, 98, 112, 100, 103, 99),
-)
-_CHROMA_TABLE = (
-    (17, 18, 24, 47, 99, 99, 99, 99),
-    (18, 21, 26, 66, 99, 99, 99, 99),
-    (24, 26, 56, 99, 99, 99, 99, 99),
-    (47, 66, 99, 99, 99, 99, 99, 99),
-) + ((99,) * 8,) * 4
-_TO_YCC = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
-_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
-
-
-def _dct_matrix(like: Tensor) -> Tensor:
-    n = torch.arange(8, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (2 * n[None, :] + 1) * n[:, None] / 16) / 2
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(like)
-
-
-def _quantisation(table: tuple[tuple[int, ...], ...], quality: Tensor) -> Tensor:
-    """Return libjpeg's table for each quality, (B, 1, 1, 1, 8, 8)."""
-    scale = torch.where(quality < 50, torch.floor(5000 / quality), 200 - 2 * quality).reshape(-1, 1, 1, 1, 1, 1)
-    base = torch.tensor(table, dtype=quality.dtype, device=quality.device)
-    return torch.floor((base * scale + 50) / 100).clamp(1, 255)
-
-
-def _code_plane(plane: Tensor, table: Tensor) -> Tensor:
-    """Transform, quantise and transform back planes (B, C, h, 8n) in [0, 255]; h is padded to a multiple of 8."""
-    plane = F.pad(plane, (0, 0, 0, -plane.shape[-2] % 8), mode="replicate")
-    batch, channels, height, width = plane.shape
-    dct = _dct_matrix(plane)
-    blocks = (plane - 128).reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
-    coefficients = dct @ blocks @ dct.T
-    # libjpeg's integer transform gives rows in units of 1/(4 sqrt 8) and coefficients in units of 1/8, and its
-    # quantiser rounds halves away from zero. On that grid halves are frequent, so the result hangs on doing the same.
-    with torch.no_grad():
-        rows = torch.floor(4 * math.sqrt(8) * (blocks @ dct.T) + 0.5)
-        eighths = torch.floor(math.sqrt(8) / 4 * (dct @ rows) + 0.5)
-        levels = torch.floor((eighths.abs() + 4 * table) / (8 * table)) * eighths.sign()
-    coefficients = _straight_through(coefficients, levels * table)
-    blocks = (dct.T @ coefficients @ dct).transpose(3, 4)
-    out = blocks.reshape(plane.shape) + 128
-    return _straight_through(out, torch.round(out)).clamp(0, 255)
-
-
-def _halve_chroma(chroma: Tensor) -> Tensor:
-    """Average 2x2 pixels with libjpeg's rounding, whose bias alternates 1, 2 along a row to cancel on average."""
-    total = F.avg_pool2d(chroma, 2) * 4
-    bias = 1 + torch.arange(total.shape[-1], dtype=total.dtype, device=total.device) % 2
-    mean = total / 4
-    return _straight_through(mean, torch.floor((torch.round(total) + bias) / 4))
-
-
-def _double_chroma(chroma: Tensor) -> Tensor:
-    """Double the size with libjpeg's "fancy" triangle filter: 3/4 of the nearer and 1/4 of the farther sample."""
-    batch, channels, height, width = chroma.shape
-    padded = F.pad(chroma, (1, 1, 1, 1), mode="replicate")
-    centre = padded[..., 1:-1, :] * 3
-    rows = torch.stack((centre + padded[..., :-2, :], centre + padded[..., 2:, :]), dim=-2)
-    rows = rows.reshape(batch, channels, 2 * height, width + 2)
-    centre = rows[..., 1:-1] * 3
-    total = torch.stack((centre + rows[..., :-2], centre + rows[..., 2:]), dim=-1)
-    bias = torch.tensor([8.0, 7.0], dtype=chroma.dtype, device=chroma.device)
-    value = torch.floor((torch.round(total) + bias) / 16)
-    return _straight_through(total / 16, value).reshape(batch, channels, 2 * height, 2 * width)
-
-
-def jpeg(x: Float[Tensor, "b c h w"], quality: Number | Float[Tensor, " n"]) -> Float[Tensor, "b c h w"]:
-    """Pass images through JPEG 4:2:0 as libjpeg codes it, without the (lossless) entropy coding.
-
-    Steps: 8-bit rounding, RGB to YCbCr, 2x2 mean of chroma, 8x8 DCT, quantisation by the standard tables at libjpeg's
-    quality scaling, and back with the triangle upsampling of chroma. Each rounding passes its gradient straight
-    through, so the result is differentiable in `x`. Agrees with Pillow's codec far above 40 dB.
-
-    Args:
-        x: Images, (B, 3, H, W) or one grey channel, [0, 1]; any size, padded to whole blocks by repeating borders.
-        quality: 1..100, one for all images or one per image.
-
-    Returns:
-        Decoded images of the same shape, in [0, 1] on the 8-bit grid.
-
-    Raises:
-        ValueError: If a quality is outside 1..100, there is not one per image, or channels are neither 1 nor 3.
-    """
-    batch, channels, height, width = x.shape
-    if channels not in (1, 3):
-        raise ValueError(f"jpeg needs 1 or 3 channels, got {channels}; split off alpha first")
-    work = x.to(torch.promote_types(x.dtype, torch.float32)) * 255
-    factor = torch.as_tensor(quality, dtype=work.dtype, device=work.device).reshape(-1)
-    if factor.numel() not in (1, batch):
-        raise ValueError(f"jpeg needs one quality or one per image, got {factor.numel()} for {batch} images")
-    if bool(((factor < 1) | (factor > 100)).any()):
-        raise ValueError(f"jpeg quality must be in 1..100, got {factor.tolist()}")
-    work = _straight_through(work, torch.round(work)).clamp(0, 255)
-    # libjpeg extends the width before it halves the chroma, but the height, beyond an even number, only after it.
-    unit = 8 if channels == 1 else 16
-    work = F.pad(work, (0, -width % unit, 0, -height % (unit // 8)), mode="replicate")
-    if channels == 1:
-        decoded = _code_plane(work, _quantisation(_LUMA_TABLE, factor))
-    else:
-        offset = torch.tensor([0.0, 128.0, 128.0], dtype=work.dtype, device=work.device).reshape(1, 3, 1, 1)
-        to_ycc, to_rgb = (torch.tensor(m, dtype=work.dtype, device=work.device) for m in (_TO_YCC, _TO_RGB))
-        ycc = torch.einsum("ij,bjhw->bihw", to_ycc, work) + offset
-        ycc = _straight_through(ycc, torch.round(ycc)).clamp(0, 255)
-        luma = _code_plane(ycc[:, :1], _quantisation(_LUMA_TABLE, factor))[..., :height, :width]
-        chroma = _code_plane(_halve_chroma(ycc[:, 1:]), _quantisation(_CHROMA_TABLE, factor))
-        # The decoder knows the true size of the halved planes, so the padding must not leak into the upsampling.
-        chroma = _double_chroma(chroma[..., : (height + 1) // 2, : (width + 1) // 2])[..., :height, :width]
-        decoded = torch.einsum("ij,bjhw->bihw", to_rgb, torch.cat((luma, chroma), dim=1) - offset)
-        decoded = _straight_through(decoded, torch.round(decoded))
-    return (decoded[..., :height, :width].clamp(0, 255) / 255).to(x.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Degradations as data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class BlurStep:
-    """Blur on the grid of the moment; `sigma` is the larger nominal axis, `spread` the sigma of a Gaussian like it."""
-
-    kernel: Tensor
-    sigma: Number
-    spread: Number
-
-
-@dataclass(frozen=True)
-class ResizeStep:
-    """Resize to `factor` times the size of y, so 1 ends on y's grid whatever came before."""
-
-    factor: Number
-    mode: ResizeMode = "bicubic"
-    antialias: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseStep:
-    """Gaussian noise of standard deviation `sigma` in [0, 1] units; `mix` makes it correlated across channels."""
-
-    sigma: Number
-    grey: bool = False
-    mix: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PoissonStep:
-    """Shot noise, see `add_poisson_noise`."""
-
-    strength: Number
-    grey: bool = False
-
-
-@dataclass(frozen=True)
-class RoundStep:
-    """Rounding to 8 bit; counts as noise."""
-
-
-@dataclass(frozen=True)
-class JpegStep:
-    """JPEG 4:2:0 of the given quality."""
-
-    quality: int
-
-
-Step = BlurStep | ResizeStep | NoiseStep | PoissonStep | RoundStep | JpegStep
-
-
-class Summary(NamedTuple):
-    """The three numbers a degradation is described by.
-
-    Attributes:
-        blur: Gaussian-equivalent sigma in quarter pixels of y: the sigma in output pixels at scale 4, 4 sigma/s at s.
-            At most 8, two pixels of y: what is blurred more looks the same.
-        noise: Standard deviation in [0, 1] units that reaches y.
-        jpeg: (100 - quality)/100 of the last JPEG, 0 without one.
-    """
-
-    blur: float
-    noise: float
-    jpeg: float
-
-
-@dataclass(frozen=True)
-class Degradation:
-    """A drawn degradation: plain numbers and kernels, nothing random left but the noise samples themselves."""
-
-    scale: int
-    steps: tuple[Step, ...]
-
-    def summary(self) -> Summary:
-        """Return blur, noise and JPEG strength as they arrive on y's grid.
-
-        Exact for one blur, one downsampling, one noise and one JPEG. For recipes with several of each it is an
-        estimate: variances are carried through the steps as if all noise were white.
-        """
-        pitch = 1 / self.scale
-        blur_variance = noise_variance = jpeg_strength = 0.0
-        for step in self.steps:
-            match step:
-                case BlurStep():
-                    blur_variance += (step.spread * pitch) ** 2
-                    noise_variance *= float((step.kernel**2).sum())
-                case ResizeStep():
-                    new_pitch = 1 / step.factor
-                    # A grid coarser than y's cannot be undone by going back up: it blurs like 0.375 of its pixel,
-                    # the Gaussian whose response halves at that grid's Nyquist frequency.
-                    blur_variance += 0.375**2 * max(0.0, max(new_pitch, 1) ** 2 - max(pitch, 1) ** 2)
-                    if new_pitch > pitch and (step.antialias or step.mode == "area"):
-                        noise_variance *= (pitch / new_pitch) ** 2
-                    pitch = new_pitch
-                case NoiseStep():
-                    noise_variance += step.sigma**2
-                case PoissonStep():
-                    noise_variance += step.strength**2 * 0.5 / 256
-                case JpegStep():
-                    jpeg_strength = (100 - step.quality) / 100
-                case RoundStep():
-                    pass
-        return Summary(min(8.0, 4 * math.sqrt(blur_variance)), math.sqrt(noise_variance), jpeg_strength)
-
-
-def apply(
-    x: Float[Tensor, "b c h w"],
-    params: Degradation,
-    generator: torch.Generator,
-    noise: bool = True,
-    jpeg: bool | JpegFunction = True,
-) -> Float[Tensor, "b c h2 w2"]:
-    """Apply one drawn degradation to every image of a batch.
-
-    Args:
-        x: Clean images, (B, C, H, W), [0, 1]; H and W must be multiples of the scale.
-        params: What to do, from one of the `draw_*` functions or `StandardDegradation.params`.
-        generator: Source of the noise samples.
-        noise: False leaves out noise and 8-bit rounding but keeps blurs and resizes.
-        jpeg: False leaves JPEG out, True takes the tensor codec, a function (x, quality) -> x takes that one.
-
-    Returns:
-        (B, C, H/s, W/s) images in [0, 1].
-
-    Raises:
-        ValueError: If the size is not a multiple of the scale.
-    """
-    height, width = x.shape[-2:]
-    if height % params.scale or width % params.scale:
-        raise ValueError(f"image size must be a multiple of scale {params.scale}, got {height}x{width}; crop it first")
-    target = (height // params.scale, width // params.scale)
-    codec: JpegFunction | None = _tensor_jpeg if jpeg is True else (jpeg or None)
-    y = x
-    for step in params.steps:
-        match step:
-            case BlurStep():
-                y = blur(y, step.kernel).clamp(0, 1)
-            case ResizeStep():
-                size = (max(1, round(step.factor * target[0])), max(1, round(step.factor * target[1])))
-                y = resize(y, size, step.mode, antialias=step.antialias).clamp(0, 1)
-            case NoiseStep() if noise:
-                y = add_gaussian_noise(y, step.sigma, generator, grey=step.grey, mix=step.mix)
-            case PoissonStep() if noise:
-                y = add_poisson_noise(y, step.strength, generator, grey=step.grey)
-            case RoundStep() if noise:
-                y = round8(y)
-            case JpegStep() if codec is not None:
-                y = codec(y, step.quality)
-            case _:
-                pass  # noise or JPEG that the caller left out
-    if tuple(y.shape[-2:]) != target:
-        y = resize(y, target)
-    return y.clamp(0, 1)
-
-
-# `apply` has a switch named `jpeg`, which hides the function of that name inside it.
-_tensor_jpeg = jpeg
-
-
-def _per_image(generators: Generators, count: int) -> Sequence[torch.Generator]:
-    if isinstance(generators, torch.Generator):
-        return [generators] * count
-    if len(generators) != count:
-        raise ValueError(f"expected one generator or one per image, got {len(generators)} for {count} images")
-    return generators
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -686,6 +164,14 @@ STANDARD: Mapping[str, StandardDegradation] = MappingProxyType(
         )
     }
 )
+
+
+def _per_image(generators: Generators, count: int) -> Sequence[torch.Generator]:
+    if isinstance(generators, torch.Generator):
+        return [generators] * count
+    if len(generators) != count:
+        raise ValueError(f"expected one generator or one per image, got {len(generators)} for {count} images")
+    return generators
 
 
 def degrade(

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo import __version__
 from latentindigo.data import sample_generator
 from latentindigo.degradations import degrade
 from latentindigo.images import list_images, load_image, pil_jpeg
@@ -390,8 +391,8 @@ def machine_info() -> dict[str, Any]:
 
 def versions(pipe: RestorationPipeline | None = None) -> dict[str, str]:
     """Versions of what numbers depend on, a hash of this package's source, and dtype and hash of the weights."""
-    found = {"python": platform.python_version()}
-    for name in ("latentindigo", "torch", "diffusers", "numpy", "pillow"):
+    found = {"latentindigo": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -429,8 +430,11 @@ def write_results(
     named = {p.name: dataclasses.asdict(p) for p in protocols}
     result = _plain({**content, "protocols": named, "settings": settings or {}, "rows": rows, "summary": summary})
     check_result_schema(result)
+    # One row to a line: small enough to keep, and a change shows as the rows that changed.
+    lists = {k: "[\n" + ",\n".join(map(json.dumps, v)) + "\n]" for k, v in result.items() if isinstance(v, list)}
+    blocks = [f"{json.dumps(k)}: {lists.get(k) or json.dumps(v, indent=1)}" for k, v in result.items()]
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
     os.replace(temporary, path)
 
 
@@ -470,7 +474,8 @@ def check_result_schema(result: Mapping[str, Any]) -> None:
         wrong = [n for n in (*METRICS, "seconds", "peak_mb") if n not in row or not _is_number(row[n])]
         _need(not wrong, f"rows[{i}]", f"finite numbers or null expected for {wrong}")
         calls = row.get("calls")
-        counted = isinstance(calls, dict) and set(calls) == set(CALLS) and all(type(n) is int for n in calls.values())
+        named = isinstance(calls, dict) and set(calls) == set(CALLS)
+        counted = named and all(type(n) is int and n >= 0 for n in calls.values())
         _need(counted, f"rows[{i}].calls", f"a count for each of {', '.join(CALLS)} expected, got {calls!r}")
     measured = {key[:3] for key in seen}
     for i, entry in enumerate(result["summary"]):

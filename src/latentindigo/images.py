@@ -4,8 +4,7 @@ A picture enters as a `LoadedImage`: RGB in [0, 1] plus everything that has to s
 colour profile, EXIF, bit depth, being grey). It leaves through `save_image`, which writes all of that back and never
 leaves half a file behind.
 
-Pillow has no 16-bit colour mode. Such files are decoded twice through Pillow, once for the high and once for the low
-bytes of every sample, and written by the small PNG and TIFF encoders at the end of this module.
+What happens to the bytes of a file, 16-bit samples and EXIF above all, is the business of `latentindigo.encoding`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import json
 import os
 import secrets
 import struct
-import sys
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from latentindigo.encoding import (
+    DECODE_ERRORS,
+    METADATA_KEY,
+    exif_to_write,
+    kept_exif,
+    one_line,
+    open_picture,
+    png16,
+    short_exif,
+    stored_metadata,
+    tag_of,
+    tiff,
+    wide_samples,
+)
 
 __all__ = [
     "READ_SUFFIXES",
@@ -48,35 +60,6 @@ __all__ = [
 
 READ_SUFFIXES = frozenset(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
 WRITE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-METADATA_KEY = "latentindigo"
-
-# Pillow can open far more; some of it (EPS, WMF) starts other programs, so only picture formats are tried.
-_READ_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-# What Pillow raises on damaged files depends on the format and on the byte that is wrong.
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    SyntaxError,
-    EOFError,
-    OverflowError,
-    ZeroDivisionError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# IFD0 tags of a TIFF that describe the stored samples, not the photo; copied into another file they would be lies.
-_STRUCTURAL_TAGS = frozenset(
-    [*range(254, 260), 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 290, 291, 292, 293]
-    + [297, 301, 317, 318, 319, 320, *range(321, 326), 330, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 347]
-    + [*range(512, 522), 529, 530, 531, 532, 700, 33723, 34377, 34675]
-)
-_USER_COMMENT = 0x9286
-_PIXEL_WIDTH, _PIXEL_HEIGHT = 0xA002, 0xA003
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -203,8 +186,9 @@ def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
     if not data:
         raise ImageReadError(f"'{name}' is empty.")
     try:
-        with _open(data) as image:
-            return _convert(image, name, _wide_samples(data, image, name))
+        with open_picture(data) as image:
+            _refuse_planes(image, name)
+            return _convert(image, name, wide_samples(data, image))
     except ImageReadError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -215,8 +199,8 @@ def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
         raise ImageReadError(
             f"'{name}' has more pixels than Pillow agrees to open; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
-    except _DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' is damaged or cut short: {_one_line(error)}.") from error
+    except DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' is damaged or cut short: {one_line(error)}.") from error
 
 
 def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
@@ -236,82 +220,30 @@ def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
         return _convert(image.copy(), name, None)
     except ImageReadError:
         raise
-    except _DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' cannot be converted to RGB: {_one_line(error)}.") from error
+    except DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' cannot be converted to RGB: {one_line(error)}.") from error
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def _open(data: bytes) -> Image.Image:
-    Image.init()  # loads all of Pillow's formats once; naming one that is not loaded is an error
-    return Image.open(io.BytesIO(data), formats=[form for form in _READ_FORMATS if form in Image.OPEN])
-
-
-def _tag(image: Image.Image, tag: int) -> Any:
-    return getattr(image, "tag_v2", {}).get(tag)
-
-
-def _wide_samples(data: bytes, image: Image.Image, name: str) -> np.ndarray | None:
-    """Full 16-bit samples (H, W, 2 to 4 channels), or None where Pillow's own decoding keeps everything.
-
-    Pillow reads a 16-bit colour sample as its high byte. Asking for the opposite byte order makes it read the low byte,
-    whatever the compression, interlacing or tiling, so two passes give all 16 bits.
-    """
-    if image.format not in ("PNG", "TIFF"):
-        return None
-    if image.format == "TIFF" and _tag(image, 284) == 2 and 16 in (_tag(image, 258) or ()):
+def _refuse_planes(image: Image.Image, name: str) -> None:
+    if image.format == "TIFF" and tag_of(image, 284) == 2 and 16 in (tag_of(image, 258) or ()):
         raise ImageReadError(f"'{name}' keeps its 16-bit channels in separate planes; save it with interleaved ones.")
-    tiles = getattr(image, "tile", [])
-    raw_modes = {str(tile.args if isinstance(tile.args, str) else tile.args[0]) for tile in tiles}
-    if len(raw_modes) != 1:
-        return None
-    family, _, order = raw_modes.pop().rpartition(";16")
-    if (family, order) == ("LA", "B"):
-        # Read as four 8-bit channels, a grey-alpha pixel is the high and low byte of each sample in turn.
-        pairs = _pass(data, "RGBA").astype(np.uint16)
-        return pairs[..., 0::2] << 8 | pairs[..., 1::2]
-    if family not in ("RGB", "RGBA", "RGBX", "RGBa") or order not in ("L", "B", "N"):
-        return None
-    order = order if order != "N" else {"little": "L", "big": "B"}[sys.byteorder]
-    plain = family.replace("a", "A")  # "RGBa" would divide by alpha in 8 bits
-    high, low = (_pass(data, f"{plain};16{o}").astype(np.uint16) for o in (order, "B" if order == "L" else "L"))
-    wide = high << 8 | low
-    if family == "RGBa":
-        opacity = np.maximum(wide[..., 3:].astype(np.float64), 1) / 65535
-        colour = np.minimum(wide[..., :3] / opacity, 65535)
-        wide = np.concatenate([np.rint(colour).astype(np.uint16), wide[..., 3:]], axis=2)
-    return wide
-
-
-def _pass(data: bytes, raw_mode: str) -> np.ndarray:
-    """Decode once with Pillow, taking its samples in `raw_mode`; upright."""
-    image = _open(data)
-    if not isinstance(image, ImageFile.ImageFile):
-        raise ValueError(f"no decoder for {image.format}")
-    image.tile = [
-        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
-        for tile in image.tile
-    ]
-    return np.asarray(ImageOps.exif_transpose(image))
 
 
 def _convert(image: Image.Image, name: str, wide: np.ndarray | None) -> LoadedImage:
     """Upright pixels, alpha and extras of a Pillow image; `wide` holds the samples where Pillow would narrow them."""
     icc, key = image.info.get("icc_profile"), image.info.get("transparency")
-    white_is_zero = image.format == "TIFF" and _tag(image, 262) == 0
+    white_is_zero = image.format == "TIFF" and tag_of(image, 262) == 0
     bits = 16
     alpha = None
     if wide is not None:
-        exif = _kept_exif(image, name)
+        exif = kept_exif(image, name)
         colours = 1 if wide.shape[2] == 2 else 3
         samples, alpha = wide[..., :colours], wide[..., colours:]
         if isinstance(key, tuple):
             alpha = _colour_key_alpha(samples, key)
     elif image.mode.startswith("I"):
         samples = np.asarray(ImageOps.exif_transpose(image))[..., None]
-        exif = _kept_exif(image, name)
+        exif = kept_exif(image, name)
         if samples.min() < 0 or samples.max() > 65535:
             raise ImageReadError(f"'{name}' holds 32-bit values; convert it to 8 or 16 bits per channel first.")
         samples = samples.astype(np.uint16)
@@ -321,7 +253,7 @@ def _convert(image: Image.Image, name: str, wide: np.ndarray | None) -> LoadedIm
             samples = 65535 - samples
     else:
         image.load()
-        exif = _kept_exif(image, name)
+        exif = kept_exif(image, name)
         bits = 8
         flat, icc = _to_8bit(ImageOps.exif_transpose(image), name, icc)
         values = np.asarray(flat)
@@ -376,33 +308,6 @@ def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
         if converted is not None:
             return converted
     return image.convert("RGB")
-
-
-def _kept_exif(image: Image.Image, name: str) -> bytes | None:
-    """EXIF without orientation and without the tags that describe how this file stores its samples."""
-    try:
-        exif = _copy_exif(image.getexif())
-        return exif.tobytes() if len(exif) else None
-    except _DECODE_ERRORS as error:
-        warnings.warn(f"'{name}': its EXIF is damaged and is left out ({_one_line(error)})", stacklevel=2)
-        return None
-
-
-def _copy_exif(source: Image.Exif) -> Image.Exif:
-    copy = Image.Exif()
-    copy.endian = source.endian
-    details = dict(source.get_ifd(ExifTags.IFD.Exif))
-    if ExifTags.IFD.Interop in details:
-        details[ExifTags.IFD.Interop] = dict(source.get_ifd(ExifTags.IFD.Interop))
-    position = dict(source.get_ifd(ExifTags.IFD.GPSInfo))
-    for tag, value in source.items():
-        if tag not in _STRUCTURAL_TAGS and tag not in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            copy[tag] = value
-    if details:
-        copy[ExifTags.IFD.Exif] = details
-    if position:
-        copy[ExifTags.IFD.GPSInfo] = position
-    return copy
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -499,7 +404,7 @@ def save_image(
     except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         width, height = image.size
         raise ValueError(
-            f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({_one_line(error)}); save as PNG"
+            f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({one_line(error)}); save as PNG"
         ) from error
     _write_atomically(target, data, overwrite)
 
@@ -524,11 +429,11 @@ def _write_atomically(target: Path, data: bytes, overwrite: bool) -> None:
 
 
 def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> bytes:
-    exif = _exif_to_write(image, None if form == "PNG" else text)
+    exif = exif_to_write(image.exif, image.size, None if form == "PNG" else text)
     if image.bits == 16 and form == "PNG":
-        return _png16(_to_samples(image, 16), exif, image.icc, text)
+        return png16(_to_samples(image, 16), exif, image.icc, text)
     if form == "TIFF":
-        return _tiff(_to_samples(image, image.bits), exif, image.icc)
+        return tiff(_to_samples(image, image.bits), exif, image.icc)
     if form == "JPEG" and image.alpha is not None:
         warnings.warn(f"'{image.name}': JPEG has no transparency; the picture is laid over white", stacklevel=3)
         alpha = image.alpha.to(image.rgb)
@@ -536,7 +441,7 @@ def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> by
     picture = to_pil(image)
     options: dict[str, Any] = {"icc_profile": image.icc} if image.icc else {}
     if len(exif):
-        options["exif"] = _short_exif(exif, image.name) if form == "JPEG" else exif.tobytes()
+        options["exif"] = short_exif(exif, image.name) if form == "JPEG" else exif.tobytes()
     if form == "PNG" and text is not None:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text(METADATA_KEY, text)
@@ -548,57 +453,6 @@ def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> by
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def _exif_to_write(image: LoadedImage, text: str | None) -> Image.Exif:
-    """The source's EXIF with the new size, and with the metadata in its user comment."""
-    source = Image.Exif()
-    if image.exif:
-        source.load(image.exif)
-    exif = _copy_exif(source)
-    details = dict(exif.get(ExifTags.IFD.Exif, {}))
-    width, height = image.size
-    for tag, side in ((_PIXEL_WIDTH, width), (_PIXEL_HEIGHT, height)):
-        if tag in details:
-            details[tag] = side
-    if text is not None:
-        comment: dict[str, Any] = {METADATA_KEY: json.loads(text)}
-        earlier = _user_comment(details)
-        if earlier:  # the photographer's own words are not ours to delete
-            ours = _our_comment(earlier)
-            comment["comment"] = ours.get("comment", "") if ours else earlier
-        details[_USER_COMMENT] = b"ASCII\0\0\0" + json.dumps(comment).encode("ascii")
-    if details:
-        exif[ExifTags.IFD.Exif] = details
-    return exif
-
-
-def _short_exif(exif: Image.Exif, name: str) -> bytes:
-    """A JPEG segment holds 64 KiB; maker notes are what makes a block longer than that."""
-    data = exif.tobytes()
-    if len(data) > 65533:
-        warnings.warn(f"'{name}': its EXIF is too long for JPEG; the maker notes are left out", stacklevel=4)
-        details = exif.get(ExifTags.IFD.Exif, {})
-        exif[ExifTags.IFD.Exif] = {tag: value for tag, value in details.items() if tag != ExifTags.IFD.MakerNote}
-        data = exif.tobytes()
-    return data
-
-
-def _user_comment(details: dict[int, Any]) -> str:
-    raw = details.get(_USER_COMMENT, b"")
-    if isinstance(raw, str):
-        return raw.strip("\0 ")
-    code, body = raw[:8], raw[8:]
-    encoding = "utf-16" if code.startswith(b"UNICODE") else "utf-8"
-    return body.decode(encoding, errors="replace").strip("\0 ")
-
-
-def _our_comment(comment: str) -> dict[str, Any]:
-    try:
-        content = json.loads(comment)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) and METADATA_KEY in content else {}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -615,79 +469,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     name = Path(path).name
     try:
-        with _open(Path(path).read_bytes()) as image:
-            if image.format == "PNG":
-                text = image.info.get(METADATA_KEY)
-                comment = _our_comment(f'{{"{METADATA_KEY}": {text}}}') if text else {}
-            else:
-                comment = _our_comment(_user_comment(dict(image.getexif().get_ifd(ExifTags.IFD.Exif))))
-    except _DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' cannot be read as a picture: {_one_line(error)}.") from error
-    content = comment.get(METADATA_KEY)
-    return content if isinstance(content, dict) else None
-
-
-def _png16(samples: np.ndarray, exif: Image.Exif, icc: bytes | None, text: str | None) -> bytes:
-    """PNG file of 16-bit samples (H, W, 1..4), after the PNG specification (third edition)."""
-    height, width, channels = samples.shape
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
-    if icc:
-        parts.append(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
-    if len(exif):
-        parts.append(chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
-    if text is not None:
-        parts.append(chunk(b"tEXt", METADATA_KEY.encode() + b"\0" + text.encode("latin-1")))
-    rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
-    sub, up = rows.copy(), rows.copy()
-    sub[:, 2 * channels :] -= rows[:, : -2 * channels]
-    up[1:] -= rows[:-1]
-    # Per row the filter whose output, as signed bytes, is smallest: the specification's own rule of thumb.
-    cost = [np.abs(filtered.view(np.int8).astype(np.int32)).sum(axis=1) for filtered in (sub, up)]
-    use_up = cost[1] < cost[0]
-    filtered = np.where(use_up[:, None], up, sub)
-    kinds = np.where(use_up, 2, 1).astype(np.uint8)[:, None]
-    parts.append(chunk(b"IDAT", zlib.compress(np.concatenate([kinds, filtered], axis=1).tobytes(), 6)))
-    parts.append(chunk(b"IEND", b""))
-    return b"".join(parts)
-
-
-def _tiff(samples: np.ndarray, exif: Image.Exif, icc: bytes | None) -> bytes:
-    """Baseline TIFF of 8- or 16-bit samples (H, W, 1..4): one deflated strip behind the directory.
-
-    An EXIF block is itself a TIFF file without pixels, so the sample layout is added to it and Pillow lays it out.
-    16-bit grey with alpha is written as RGBA, because hardly any reader, Pillow included, takes it as it is.
-    """
-    if samples.shape[2] == 2 and samples.dtype == np.uint16:
-        samples = np.concatenate([samples[..., :1].repeat(3, axis=2), samples[..., 1:]], axis=2)
-    height, width, channels = samples.shape
-    strip = zlib.compress(samples.astype(samples.dtype.newbyteorder("<")).tobytes(), 6)
-    if len(strip) > 2**32 - 2**20:
-        raise ValueError("more than 4 GiB of samples")
-    layout: dict[int, Any] = {
-        256: width,
-        257: height,
-        258: (samples.itemsize * 8,) * channels,
-        259: 8,  # deflate
-        262: 1 if channels < 3 else 2,  # black is zero, or RGB
-        273: 0,  # strip offset: Pillow adds the length of the directory
-        277: channels,
-        278: height,
-        279: len(strip),
-        284: 1,  # samples interleaved
-    }
-    if channels in (2, 4):
-        layout[338] = 2  # alpha that colours are not multiplied by
-    if icc:
-        layout[34675] = icc
-    exif.endian = "<"
-    for tag, value in layout.items():
-        exif[tag] = value
-    return exif.tobytes().removeprefix(b"Exif\0\0") + strip
+        with open_picture(Path(path).read_bytes()) as image:
+            return stored_metadata(image)
+    except DECODE_ERRORS as error:
+        raise ImageReadError(f"'{name}' cannot be read as a picture: {one_line(error)}.") from error
 
 
 # --------------------------------------------------------------------------------------- Pillow on tensors, sheets

@@ -39,7 +39,7 @@ def describe_installation(model: str, load: Callable[[str], WithWeights]) -> dic
         Plain values, ready for JSON. `model["hash"]` is the one that results carry; `model["files"]` are the SHA-256
         of its files; `model["error"]` is None, or says why it cannot be loaded.
     """
-    packages = ("torch", "diffusers", "accelerate", "safetensors", "kornia", "numpy", "pillow")
+    packages = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "pillow")
     return {
         "version": __version__,
         "python": platform.python_version(),

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentindigo import __version__
+from latentindigo.canvas import SMALLEST_TILE, centre_crop, output_size
 from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
 from latentindigo.model_folder import model_folder
 from latentindigo.planning import Task
@@ -41,12 +42,11 @@ __all__ = [
 # that two maps can be compared. They are written with 16 bits, so dividing by it gives the values back.
 MAP_GAIN = 4.0
 
-# As in presets.py, guidance.py and pipeline.py, whose import costs seconds; a test compares them.
+# As in presets.py and guidance.py, whose import costs seconds; a test compares them.
 _PRESETS = ("faithful", "default", "vivid")
 _METHODS = (None, "latent-inn", "pixel-inn", "unguided")
 _UPDATES = (None, "projection", "stopped", "through")
 _INITS = (None, "estimator", "encode", "inverse", "noise")
-_SMALLEST_TILE = 256
 
 # What reading, restoring and writing one picture may raise because of that picture or its place on the disk. Anything
 # else is a mistake in this package, and its traceback must reach the user.
@@ -111,9 +111,9 @@ class RestoreSettings:
             raise ValueError("crop: cuts to the aspect of size, and no size was given; give one")
         if isinstance(self.tile, str) and self.tile not in ("auto", "off"):
             raise ValueError(f"tile: expected 'auto', 'off' or a number of pixels, got {self.tile!r}")
-        if not isinstance(self.tile, str) and self.tile < _SMALLEST_TILE:
+        if not isinstance(self.tile, str) and self.tile < SMALLEST_TILE:
             raise ValueError(
-                f"tile: expected at least {_SMALLEST_TILE} pixels, got {self.tile}; 'off' does without tiles"
+                f"tile: expected at least {SMALLEST_TILE} pixels, got {self.tile}; 'off' does without tiles"
             )
 
 
@@ -348,7 +348,9 @@ def restore_files(
             yield _failed(task, error, started)
             continue
         if pipe is None:
+            before = time.perf_counter()
             pipe = get_pipe()
+            started += time.perf_counter() - before  # The first picture does not pay for the model.
         step = None if on_step is None else _for_task(on_step, task)
         try:
             outcome = _restore(pipe, task, picture, settings, overwrite, step, started)
@@ -450,16 +452,9 @@ def _dress(picture: LoadedImage, restored: Float[Tensor, "3 h w"], crop: bool) -
         rgb = rgb.mean(0, keepdim=True).expand(3, -1, -1)
     alpha = picture.alpha
     if alpha is not None:
-        width, height = rgb.shape[2], rgb.shape[1]
-        if crop:
-            # As the pipeline does: enlarge until both sides are filled, then cut evenly.
-            factor = max(width / alpha.shape[2], height / alpha.shape[1])
-            full = (max(width, round(alpha.shape[2] * factor)), max(height, round(alpha.shape[1] * factor)))
-            left, top = (full[0] - width) // 2, (full[1] - height) // 2
-            alpha = pil_resize(alpha, full, "bicubic")[:, top : top + height, left : left + width]
-        else:
-            alpha = pil_resize(alpha, (width, height), "bicubic")
-        alpha = alpha.clamp(0, 1)
+        size = (rgb.shape[2], rgb.shape[1])
+        full = output_size(alpha.shape[2], alpha.shape[1], 1.0, size, crop) if crop else size
+        alpha = centre_crop(pil_resize(alpha, full, "bicubic"), size).clamp(0, 1)
     return picture.replace_pixels(rgb, alpha)
 
 

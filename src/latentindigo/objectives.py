@@ -236,14 +236,20 @@ class EstimatorObjective(Objective):
     """The stage-one estimate together with the degradation encoder F that conditions it.
 
     A Charbonnier loss, whose minimum is close to the posterior mean, plus the regression of the damage from gamma, so
-    that gamma says what was done to y and not only what the estimator needs. F is frozen in the parts that follow.
+    that gamma says what was done to y and not only what the estimator needs. F is frozen in the parts that follow; with
+    `train_encoder = false` it stays that of `base`, so that an estimator can be trained on without retraining those.
     """
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
         self.estimator = Estimator(**model)
-        self.degradation_encoder = DegradationEncoder(gamma_dim=self.estimator.config["gamma_dim"])
-        self.networks = {"estimator": self.estimator, "degradation_encoder": self.degradation_encoder}
+        self.networks = {"estimator": self.estimator}
+        if settings.get("train_encoder", True):
+            self.degradation_encoder = DegradationEncoder(gamma_dim=self.estimator.config["gamma_dim"])
+            self.networks["degradation_encoder"] = self.degradation_encoder
+        else:
+            base = model_folder(settings.get("base", "embedded"))
+            self.degradation_encoder = _frozen(DegradationEncoder.from_pretrained(base / "degradation_encoder"))
         self.damage_weight = float(settings.get("damage_weight", 0.1))
 
     def batch(self, photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Everything outside this module speaks **canonical coordinates**, z_t = α_t z_0 + σ_t ε, pixels in [0, 1] and float32.
 What a scheduler stores instead (Euler: z/α), what a network predicts (ε, v, z_0 or a flow velocity), the pixel range
-and the dtype of the networks are converted here and nowhere else.
+and the dtype of the networks are converted here and nowhere else; `latentindigo.schedules` knows the schedulers.
 
 | code | symbol | meaning |
 | --- | --- | --- |
@@ -17,26 +17,35 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.schedules import (
+    PredictionType,
+    checked_eta,
+    family_of,
+    network_type,
+    noise_levels,
+    output_from_z0,
+    place_grid,
+    prepare_scheduler,
+    scheduler_type,
+    set_stride,
+    state_dtype,
+    strength_of,
+    z0_from_output,
+)
 from latentindigo.tiling import TilingConfig, tiled_map
 
 __all__ = ["Calls", "LatentPrior", "Prediction", "Trajectory"]
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-
-_PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 _PURE_NOISE = 0.99  # Stable Diffusion's noisiest level is 0.998 and its 10-step grid starts at 0.99.
 _SMALLEST_ALPHA = 1e-6  # Below this, (z − σε)/α is noise of float32 and nothing else.
-_STRENGTH_MISS = 0.05  # A grid that starts further than this from the wish is an error, not an approximation.
 
 
 @dataclass
@@ -61,48 +70,6 @@ class Prediction:
     def detach(self) -> Prediction:
         """Return the same prediction without its graph; `step` still knows its `z0` as untouched."""
         return Prediction(self.z0.detach(), self.model_output.detach())
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What has to be known about a class of schedulers before it can be driven from outside.
-
-    Attributes:
-        levels: Where the noise levels are: "alphas" = a table ᾱ[t] looked up by time step; "sigmas" = a list σ/α
-            walked by index; "flow" = a list σ = t with α = 1−t.
-        scaled: Whether the scheduler stores z/α instead of z.
-        strides: Whether `step` finds the next level by a fixed stride in time instead of a list of time steps.
-        accepts: Kinds of network output that its `step` understands.
-        draws: Whether `step` draws noise, as a function of (config, eta).
-    """
-
-    levels: Literal["alphas", "sigmas", "flow"]
-    scaled: bool = False
-    strides: bool = False
-    accepts: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
-    draws: Callable[[Any, float], bool] = lambda config, eta: False
-
-
-# By name, so that this module needs no diffusers import; subclasses are found through their bases.
-_FAMILIES: dict[str, _Family] = {
-    "DDIMScheduler": _Family("alphas", strides=True, draws=lambda config, eta: eta > 0),
-    "DDIMParallelScheduler": _Family("alphas", strides=True, draws=lambda config, eta: eta > 0),
-    "DDPMScheduler": _Family("alphas", draws=lambda config, eta: True),
-    "LCMScheduler": _Family("alphas", draws=lambda config, eta: True),
-    "DPMSolverMultistepScheduler": _Family(
-        "sigmas", accepts=_PREDICTION_TYPES, draws=lambda config, eta: config.algorithm_type.startswith("sde")
-    ),
-    "DEISMultistepScheduler": _Family("sigmas", accepts=_PREDICTION_TYPES),
-    "UniPCMultistepScheduler": _Family("sigmas", accepts=_PREDICTION_TYPES),
-    "EulerDiscreteScheduler": _Family("sigmas", scaled=True),
-    "EulerAncestralDiscreteScheduler": _Family(
-        "sigmas", scaled=True, accepts=("epsilon", "v_prediction"), draws=lambda config, eta: True
-    ),
-    "LMSDiscreteScheduler": _Family("sigmas", scaled=True),
-    "FlowMatchEulerDiscreteScheduler": _Family(
-        "flow", accepts=("flow_prediction",), draws=lambda config, eta: bool(config.stochastic_sampling)
-    ),
-}
 
 
 class LatentPrior:
@@ -130,9 +97,9 @@ class LatentPrior:
         self.calls = Calls()
         self._tiling: TilingConfig | None = None
         self.scheduler = copy.deepcopy(scheduler)
-        self._family = _family_of(self.scheduler)
-        self.prediction_type: PredictionType = _network_type(self.scheduler, self._family, prediction_type)
-        _prepare_scheduler(self.scheduler, self._family, self.prediction_type)
+        self._family = family_of(self.scheduler)
+        self.prediction_type: PredictionType = network_type(self.scheduler, self._family, prediction_type)
+        prepare_scheduler(self.scheduler, self._family, self.prediction_type)
         self.downsampling, self.latent_channels = _latent_grid(vae)
         self._latent_multiple = _latent_multiple(denoiser)
         _check_channels(denoiser, self.latent_channels)
@@ -218,7 +185,7 @@ class LatentPrior:
                 overlap,
                 scale_den=self.downsampling,
             )
-        latent = latent.to(_state_dtype(x))
+        latent = latent.to(state_dtype(x))
         scale, shift = _latent_affine(self.vae, latent)
         return (latent - shift) * scale
 
@@ -242,7 +209,7 @@ class LatentPrior:
 
         if decoded.requires_grad:
             decoded.register_hook(count)
-        return (decoded.to(_state_dtype(z)) + 1.0) / 2.0
+        return (decoded.to(state_dtype(z)) + 1.0) / 2.0
 
     def trajectory(self, steps: int, strength: float = 1.0, *, eta: float = 0.0) -> Trajectory:
         """Plan a descent from a noise level to a clean latent in exactly `steps` denoiser evaluations.
@@ -316,13 +283,13 @@ class Trajectory:
         self.prior = prior
         self._family = prior._family
         self._scheduler = copy.deepcopy(prior.scheduler)
-        self._accepted: PredictionType = _scheduler_type(self._scheduler)
+        self._accepted: PredictionType = scheduler_type(self._scheduler)
         arguments = inspect.signature(self._scheduler.step).parameters
         self._takes_generator = "generator" in arguments
-        self._eta = _checked_eta(self._scheduler, arguments, eta)
+        self._eta = checked_eta(self._scheduler, arguments, eta)
         self._draws = self._family.draws(self._scheduler.config, eta)
 
-        begin, self._is_stock_grid = _place_grid(self._scheduler, self._family, steps, strength)
+        begin, self._is_stock_grid = place_grid(self._scheduler, self._family, steps, strength)
         if hasattr(self._scheduler, "set_begin_index"):
             # Counting from a known index is exact; looking a time step up is not when two steps share one.
             self._scheduler.set_begin_index(begin)
@@ -332,7 +299,7 @@ class Trajectory:
                 f"expected {steps} time steps, but {type(self._scheduler).__name__} gives {len(self.timesteps)}; "
                 "choose another number of steps or another timestep_spacing"
             )
-        self._levels = _levels(self._scheduler, self._family, begin, steps)
+        self._levels = noise_levels(self._scheduler, self._family, begin, steps)
         self._check_epsilon()
         self._next = 0
         self._before: tuple[dict[str, Any], Tensor | None] = ({}, None)
@@ -345,7 +312,7 @@ class Trajectory:
     @property
     def start_strength(self) -> float:
         """The noise level σ/√(α²+σ²) of the first evaluation."""
-        return _strength(*self._levels[0])
+        return strength_of(*self._levels[0])
 
     @property
     def pure_noise(self) -> bool:
@@ -400,8 +367,8 @@ class Trajectory:
         """
         self._check_index(i)
         alpha, sigma = self._levels[i]
-        output = self.prior._denoise(z_t, self.timesteps[i]).to(_state_dtype(z_t))
-        return Prediction(_z0_from_output(output, z_t, alpha, sigma, self.prior.prediction_type), output)
+        output = self.prior._denoise(z_t, self.timesteps[i]).to(state_dtype(z_t))
+        return Prediction(z0_from_output(output, z_t, alpha, sigma, self.prior.prediction_type), output)
 
     def step(
         self,
@@ -436,9 +403,9 @@ class Trajectory:
             if z0_new is prediction.z0 and self.prior.prediction_type == self._accepted:
                 output = prediction.model_output.detach()
             else:
-                output = _output_from_z0(z0_new.detach(), z_t.detach(), *self._levels[i], self._accepted)
-            output = output.to(_state_dtype(z_t))
-            z_next = self._scheduler_step(output, z_t.detach().to(_state_dtype(z_t)), i, keywords)
+                output = output_from_z0(z0_new.detach(), z_t.detach(), *self._levels[i], self._accepted)
+            output = output.to(state_dtype(z_t))
+            z_next = self._scheduler_step(output, z_t.detach().to(state_dtype(z_t)), i, keywords)
         self._arrived = z_next
         self._next = i + 1
         return z_next
@@ -450,7 +417,7 @@ class Trajectory:
             # UniPC's corrector recomputes z_t from the step before and would silently undo what was done to z_t since.
             scheduler.last_sample = None
         if self._family.strides and not self._is_stock_grid:
-            _set_stride(scheduler, self.timesteps, i)
+            set_stride(scheduler, self.timesteps, i)
         if not self._family.scaled:
             return scheduler.step(output, t, z_t, return_dict=False, **keywords)[0]
         stored = z_t / self._levels[i][0]
@@ -501,262 +468,7 @@ class Trajectory:
             )
 
 
-# --- network output <-> z_0 -----------------------------------------------------------------------------------------
-
-
-def _z0_from_output(output: Tensor, z_t: Tensor, alpha: float, sigma: float, kind: PredictionType) -> Tensor:
-    """Read z_{0,t} off the network output (all kinds follow from z_t = α z_0 + σ ε).
-
-    | kind | output | z_0 |
-    | --- | --- | --- |
-    | epsilon | ε | (z_t − σ ε)/α |
-    | v_prediction | v = α ε − σ z_0, α²+σ²=1 | α z_t − σ v |
-    | sample | z_0 | z_0 |
-    | flow_prediction | u = ε − z_0 | (z_t − σ u)/(α+σ) |
-    """
-    if kind == "epsilon":
-        return (z_t - sigma * output) / alpha
-    if kind == "v_prediction":
-        return alpha * z_t - sigma * output
-    if kind == "flow_prediction":
-        return (z_t - sigma * output) / (alpha + sigma)
-    return output
-
-
-def _output_from_z0(z0: Tensor, z_t: Tensor, alpha: float, sigma: float, kind: PredictionType) -> Tensor:
-    """Write a changed z_{0,t} back as the network output that would have meant it; inverse of `_z0_from_output`."""
-    dtype = _state_dtype(z_t)
-    z0, z_t = z0.to(dtype), z_t.to(dtype)
-    if kind == "epsilon":
-        return (z_t - alpha * z0) / sigma
-    if kind == "v_prediction":
-        return (alpha * z_t - z0) / sigma
-    if kind == "flow_prediction":
-        return (z_t - (alpha + sigma) * z0) / sigma
-    return z0
-
-
-# --- what a scheduler is --------------------------------------------------------------------------------------------
-
-
-def _family_of(scheduler: Any) -> _Family:
-    """Look the scheduler up; refuse what would need two evaluations per step or is not understood."""
-    name = type(scheduler).__name__
-    way_out = f"use one of {', '.join(_FAMILIES)}"
-    if getattr(scheduler, "order", 1) != 1:
-        raise ValueError(
-            f"expected a scheduler with one denoiser evaluation per step, got {name} with {scheduler.order}: guidance "
-            f"would act on half a step; {way_out}"
-        )
-    family = next((_FAMILIES[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _FAMILIES), None)
-    if family is None:
-        raise ValueError(f"expected a scheduler whose coordinates are known, got {name}; {way_out}")
-    config = scheduler.config
-    if getattr(config, "use_flow_sigmas", False):
-        family = replace(family, levels="flow")
-    if getattr(config, "use_dynamic_shifting", False):
-        raise ValueError(
-            f"expected a fixed time shift, got {name} with use_dynamic_shifting=True, which depends on the image size; "
-            "set use_dynamic_shifting=False and the shift of your size"
-        )
-    if getattr(config, "invert_sigmas", False):
-        raise ValueError(f"expected time to run from noise to image, got {name} with invert_sigmas=True; set it False")
-    return family
-
-
-def _scheduler_type(scheduler: Any) -> PredictionType:
-    """Return the kind of network output that the scheduler's step expects."""
-    named = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    return _checked_kind("sample" if named == "original_sample" else named)
-
-
-def _checked_kind(named: str) -> PredictionType:
-    for kind in _PREDICTION_TYPES:
-        if named == kind:
-            return kind
-    raise ValueError(f"expected a prediction_type among {', '.join(_PREDICTION_TYPES)}, got {named!r}")
-
-
-def _network_type(scheduler: Any, family: _Family, asked: str | None) -> PredictionType:
-    """Settle what the network predicts."""
-    kind = _scheduler_type(scheduler) if asked is None else _checked_kind(asked)
-    if kind == "v_prediction" and family.levels == "flow":
-        raise ValueError(
-            "expected ε, sample or flow prediction with a flow schedule, got v_prediction, which is defined for "
-            "α²+σ²=1 only; use a variance-preserving scheduler"
-        )
-    return kind
-
-
-def _prepare_scheduler(scheduler: Any, family: _Family, kind: PredictionType) -> None:
-    """Configure our own copy: the network's kind of output where understood, and no clipping of latents."""
-    expected = kind if kind in family.accepts else family.accepts[0]
-    if expected != _scheduler_type(scheduler):
-        scheduler.register_to_config(prediction_type=expected)
-    clipping = [name for name in ("clip_sample", "thresholding") if getattr(scheduler.config, name, False)]
-    if clipping:
-        warnings.warn(
-            f"{type(scheduler).__name__} has {' and '.join(clipping)} on, which is meant for pixels and would clip "
-            "latents; it is switched off in this prior's own copy",
-            stacklevel=3,
-        )
-        scheduler.register_to_config(**dict.fromkeys(clipping, False))
-
-
-def _checked_eta(scheduler: Any, arguments: Any, eta: float) -> dict[str, float]:
-    """Return eta as a keyword argument for schedulers that know it, refuse it for the others."""
-    if "eta" in arguments:
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"expected eta in [0, 1], 0 = deterministic, got {eta}")
-        return {"eta": eta}
-    if eta != 0.0:
-        raise ValueError(f"expected eta=0, got {eta}: {type(scheduler).__name__} does not know eta; use DDIMScheduler")
-    return {}
-
-
-# --- noise levels and grids -----------------------------------------------------------------------------------------
-
-
-def _strength(alpha: float, sigma: float) -> float:
-    return sigma / math.hypot(alpha, sigma)
-
-
-def _level_from_sigma(family: _Family, sigma: float) -> tuple[float, float]:
-    """Return the canonical (α, σ) for an entry of a scheduler's `sigmas`."""
-    if family.levels == "flow":
-        return 1.0 - sigma, sigma
-    alpha = 1.0 / math.sqrt(1.0 + sigma * sigma)
-    return alpha, sigma * alpha
-
-
-def _levels(scheduler: Any, family: _Family, begin: int, steps: int) -> list[tuple[float, float]]:
-    """Return the canonical (α, σ) of all steps + 1 levels of the grid in use."""
-    if family.levels != "alphas":
-        return [_level_from_sigma(family, float(s)) for s in scheduler.sigmas[begin : begin + steps + 1]]
-    alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps[begin : begin + steps]]
-    # LCM and DDPM end in z_0 itself; only DDIM may be told to end at the smallest trained level.
-    alpha_bars.append(float(scheduler.final_alpha_cumprod) if family.strides else 1.0)
-    return [(math.sqrt(a), math.sqrt(1.0 - a)) for a in alpha_bars]
-
-
-def _place_grid(scheduler: Any, family: _Family, steps: int, strength: float) -> tuple[int, bool]:
-    """Give the scheduler a grid of time steps; return where the trajectory begins in it and whether it is stock."""
-    if strength == 1.0:
-        scheduler.set_timesteps(steps)
-        return 0, True
-    if _has_special_spacing(scheduler.config):
-        return _search_grid(scheduler, family, steps, strength), True
-    if family.levels == "flow":
-        _set_flow_grid(scheduler, steps, strength)
-    else:
-        _set_even_grid(scheduler, family, steps, strength)
-    return 0, False
-
-
-def _has_special_spacing(config: Any) -> bool:
-    """Return whether the user asked for a spacing of levels that an even grid of time steps would throw away."""
-    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "shift_terminal")
-    return (
-        any(getattr(config, flag, False) for flag in flags)
-        or getattr(config, "interpolation_type", "linear") != "linear"
-        or getattr(config, "timestep_type", "discrete") != "discrete"
-        or getattr(config, "lambda_min_clipped", -math.inf) != -math.inf
-    )
-
-
-def _search_grid(scheduler: Any, family: _Family, steps: int, strength: float) -> int:
-    """Refine the scheduler's own grid until its last `steps` levels start nearest to the strength.
-
-    The level at which the last `steps` entries start falls as the grid gets finer, so bisection finds it.
-    """
-
-    def start(size: int) -> float:
-        scheduler.set_timesteps(size)
-        return _strength(*_level_from_sigma(family, float(scheduler.sigmas[size - steps])))
-
-    coarse, fine = steps, max(steps, int(scheduler.config.num_train_timesteps))
-    while fine - coarse > 1:
-        middle = (coarse + fine) // 2
-        coarse, fine = (middle, fine) if start(middle) > strength else (coarse, middle)
-    best = min((coarse, fine), key=lambda size: abs(start(size) - strength))
-    reached = start(best)
-    if abs(reached - strength) > _STRENGTH_MISS:
-        raise ValueError(
-            f"expected a strength that {steps} steps of {type(scheduler).__name__} can start from, got {strength}; "
-            f"the nearest is {reached:.3f}: change strength or steps"
-        )
-    return best - steps
-
-
-def _set_even_grid(scheduler: Any, family: _Family, steps: int, strength: float) -> None:
-    """Replace the grid by `steps` evenly spaced trained time steps, the first one nearest to the strength."""
-    scheduler.set_timesteps(steps)
-    trained = _trained_timesteps(scheduler)
-    strengths = (1.0 - scheduler.alphas_cumprod[trained]).double().sqrt()
-    start = int((strengths - strength).abs().argmin())
-    lowest = float(strengths[min(steps, len(trained)) - 1])
-    if steps > len(trained) or start < steps - 1 or strength < 0.9 * float(strengths[0]):
-        raise ValueError(
-            f"expected a strength of at least {lowest:.3f} for {steps} steps of {type(scheduler).__name__} with "
-            f"{len(trained)} trained levels, got {strength}; take fewer steps or a larger strength"
-        )
-    # The "trailing" rule: the last step ends at the clean image, no evaluation is spent at almost no noise.
-    picks = [math.floor((start + 1) * (steps - k) / steps + 0.5) - 1 for k in range(steps)]
-    timesteps = trained[picks]
-    scheduler.timesteps = timesteps.to(scheduler.timesteps.dtype)
-    if family.levels == "sigmas":
-        alpha_bar = scheduler.alphas_cumprod[timesteps]
-        scheduler.sigmas = torch.cat([((1.0 - alpha_bar) / alpha_bar).sqrt(), scheduler.sigmas[-1:]])
-
-
-def _trained_timesteps(scheduler: Any) -> Tensor:
-    """Return, ascending, the time steps a trajectory may visit: all of them, or those LCM was distilled on."""
-    total = int(scheduler.config.num_train_timesteps)
-    distilled = getattr(scheduler.config, "original_inference_steps", None)
-    if distilled is None:
-        return torch.arange(total)
-    return torch.arange(1, distilled + 1) * (total // distilled) - 1
-
-
-def _set_flow_grid(scheduler: Any, steps: int, strength: float) -> None:
-    """Replace the grid of a flow schedule by an even one in unshifted time that starts at the strength.
-
-    With σ = t and α = 1−t, strength σ/√(α²+σ²) is reached at t = r/(1+r), r = strength/√(1−strength²); the time shift
-    s maps even time u to t = s u/(1+(s−1) u).
-    """
-    scheduler.set_timesteps(steps)
-    total = int(scheduler.config.num_train_timesteps)
-    ratio = strength / math.sqrt(1.0 - strength * strength)
-    start = min(ratio / (1.0 + ratio), float(scheduler.sigmas[0]))
-    if start < 1.0 / total:
-        raise ValueError(
-            f"expected a strength of at least {_strength(1.0 - 1.0 / total, 1.0 / total):.4f}, the smallest trained "
-            f"noise level of {type(scheduler).__name__}, got {strength}"
-        )
-    shift = float(getattr(scheduler, "shift", None) or getattr(scheduler.config, "flow_shift", 1.0))
-    even = start / (shift - (shift - 1.0) * start) * (1.0 - torch.arange(steps, dtype=torch.float64) / steps)
-    sigmas = shift * even / (1.0 + (shift - 1.0) * even)
-    scheduler.timesteps = (sigmas * total).to(scheduler.timesteps.dtype)
-    scheduler.sigmas = torch.cat([sigmas.float(), scheduler.sigmas[-1:]])
-
-
-def _set_stride(scheduler: Any, timesteps: Tensor, i: int) -> None:
-    """Make step i of DDIM, on our own copy, arrive at the next entry of `timesteps`.
-
-    DDIM goes down by num_train_timesteps // num_inference_steps, its only use of both numbers once its tables are
-    built. Setting them is what lets it follow any grid. The last step goes to −1, which DDIM reads as the clean image.
-    """
-    following = int(timesteps[i + 1]) if i + 1 < len(timesteps) else -1
-    scheduler.num_inference_steps = 1
-    scheduler.register_to_config(num_train_timesteps=int(timesteps[i]) - following)
-
-
 # --- what the networks are ------------------------------------------------------------------------------------------
-
-
-def _state_dtype(z: Tensor) -> torch.dtype:
-    """The sampler's state is float32 whatever the networks use; float64 stays, for tests."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def _dtype_of(network: Any) -> torch.dtype:

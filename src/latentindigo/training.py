@@ -2,7 +2,7 @@
 
 A run is a folder:
 
-    recipe.toml          the settings it was started with
+    settings.json        the settings it was started with
     log.jsonl            one line per logged step
     curves.png           loss curves
     samples/<step>.png   a grid of what the part does to fixed images
@@ -168,6 +168,18 @@ class _Average:
                 self.weights[name] = live
 
 
+def _check_same_run(out: Path, config: TrainConfig) -> None:
+    """Refuse to go on in a run folder whose samples or network were others; length and learning rate may change."""
+    path = out / "settings.json"
+    if not path.is_file() or not (out / "checkpoint").exists():
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+    names = ("part", "batch_size", "crop", "seed", "min_scale", "exclude", "model", "objective")
+    changed = [name for name in names if before.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"{out} is a run with another {', '.join(changed)}; choose another folder with --out")
+
+
 def _save_checkpoint(
     out: Path, objective: Objective, optimizer: torch.optim.Optimizer, average: _Average, step: int
 ) -> None:
@@ -262,6 +274,9 @@ def train(
     """
     config = load_recipe(part, recipe, overrides)
     out.mkdir(parents=True, exist_ok=True)
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}; choose a card with CUDA_VISIBLE_DEVICES")
+    _check_same_run(out, config)
     if not resume and (out / "checkpoint").exists():
         raise ValueError(f"{out} already holds a checkpoint; resume it or choose another folder with --out")
     # DDP wraps `forward` only; every network of an objective is called inside the objective's forward.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "diffusers", "accelerate", "kornia", "numpy", "PIL", "safetensors", "huggingface_hub", "transformers"}
+HEAVY = {"torch", "diffusers", "accelerate", "numpy", "PIL", "safetensors", "huggingface_hub", "transformers"}
 SECONDS = 0.4
 
 

@@ -208,18 +208,18 @@ def test_the_projection_agrees_with_the_measurement(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    "defect",
+    ("defect", "exact"),
     [
-        Defect(BLUR, project=lambda x, y: x + BLUR.adjoint(y - BLUR.forward(x))),
-        Defect(Scale(2), project=lambda x, y: x - Scale(2).pinv(y - Scale(2).forward(x))),
-        Defect(OPERATORS["mask"], project=lambda x, y: 0.5 * (x + y)),
-        Defect(Scale(2), project=lambda x, y: Scale(2).adjoint(y) * 4),
+        (Defect(BLUR, project=lambda x, y: x + BLUR.adjoint(y - BLUR.forward(x))), False),
+        (Defect(Scale(2), project=lambda x, y: x - Scale(2).pinv(y - Scale(2).forward(x))), True),
+        (Defect(OPERATORS["mask"], project=lambda x, y: 0.5 * (x + y)), True),
+        (Defect(Scale(2), project=lambda x, y: Scale(2).pinv(y)), True),
     ],
     ids=["adjoint for pinv", "sign", "average", "estimate dropped"],
 )
-def test_the_projection_law_finds_wrong_steps(defect: Defect) -> None:
+def test_the_projection_law_finds_wrong_steps(defect: Defect, exact: bool) -> None:
     with pytest.raises(AssertionError):
-        check_projection(defect, "blur" not in str(defect))
+        check_projection(defect, exact)
 
 
 def check_mask_is_exact(operator: Any) -> None:

@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import Tensor
 
 from latentindigo import prior as prior_module
+from latentindigo import schedules
 from latentindigo.prior import LatentPrior, Prediction, Trajectory
 from tolerances import TOL
 from toys import MEAN, STD, ConvDenoiser, LinearVAE, gaussian_prior, randn
@@ -245,7 +246,7 @@ def test_stock_loop_law_catches_an_output_that_was_touched(make: Make) -> None:
 def test_stock_loop_law_catches_unconverted_coordinates(make: Make) -> None:
     scheduler = make()
     prior = conv_prior(scheduler)
-    prior._family = prior_module._Family("sigmas", draws=prior._family.draws)
+    prior._family = schedules.Family("sigmas", draws=prior._family.draws)
     with warnings.catch_warnings(), torch.no_grad(), pytest.raises(AssertionError):
         warnings.simplefilter("ignore")  # diffusers notices that its inputs were not scaled.
         check_stock_loop(prior, scheduler)
@@ -309,12 +310,12 @@ def test_a_network_may_predict_what_the_scheduler_does_not_understand() -> None:
 
 @pytest.mark.parametrize("kind", [*VARIANCE_PRESERVING, "flow_prediction"])
 def test_write_back_law_catches_swapped_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = prior_module._output_from_z0
+    write = prior_module.output_from_z0
 
     def swapped(z0: Tensor, z_t: Tensor, alpha: float, sigma: float, what: Any) -> Tensor:
         return write(z0, z_t, sigma, alpha, what) if what != "sample" else 0.99 * z0
 
-    monkeypatch.setattr(prior_module, "_output_from_z0", swapped)
+    monkeypatch.setattr(prior_module, "output_from_z0", swapped)
     with pytest.raises(AssertionError):
         check_write_back(gaussian_prior(flow() if kind == "flow_prediction" else ddim(), kind))
 
@@ -344,13 +345,13 @@ def test_ddim_and_euler_agree(kind: str) -> None:
 
 def test_agreement_law_catches_an_unconverted_euler() -> None:
     broken = conv_prior(euler())
-    broken._family = prior_module._Family("sigmas")
+    broken._family = schedules.Family("sigmas")
     with torch.no_grad(), pytest.raises(AssertionError):
         check_same_path(conv_prior(ddim()), broken)
 
 
 def test_agreement_law_catches_a_ddim_that_keeps_its_stride(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior_module, "_set_stride", lambda scheduler, timesteps, i: None)
+    monkeypatch.setattr(prior_module, "set_stride", lambda scheduler, timesteps, i: None)
     with torch.no_grad(), pytest.raises(AssertionError):
         check_same_path(conv_prior(ddim()), conv_prior(euler()))
 
@@ -652,7 +653,7 @@ def check_start(prior: LatentPrior, steps: int, strength: float) -> None:
     assert all(high > low for high, low in zip(levels, levels[1:], strict=False)), f"levels do not fall: {levels}"
     assert abs(trajectory.start_strength - levels[0]) < 1e-9
     # Neighbouring trained levels are up to 0.002 apart; special spacings are searched and may miss by more.
-    allowed = 0.05 if prior_module._has_special_spacing(prior.scheduler.config) else 0.002
+    allowed = 0.05 if schedules._has_special_spacing(prior.scheduler.config) else 0.002
     missed = abs(trajectory.start_strength - strength)
     assert missed <= allowed, f"asked for {strength}, starts at {trajectory.start_strength:.4f}"
 
@@ -677,6 +678,6 @@ def test_start_law_catches_strength_taken_as_a_share_of_the_time_steps(monkeypat
         picks = [math.floor((start + 1) * (steps - k) / steps + 0.5) - 1 for k in range(steps)]
         scheduler.timesteps = torch.tensor(picks)
 
-    monkeypatch.setattr(prior_module, "_set_even_grid", by_index)
+    monkeypatch.setattr(schedules, "_set_even_grid", by_index)
     with pytest.raises(AssertionError):
         check_start(gaussian_prior(ddim()), 10, 0.64)

@@ -46,13 +46,15 @@ SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "
 RULES: tuple[Update, ...] = ("projection", "stopped", "through")
 KINDS: dict[str, type[DataTerm]] = {"pixel": PixelINN, "latent": LatentINN}
 GAMMA_DIM = 6
+SPREAD = 0.4  # Standard deviation of the latents.
 # Strong enough on these small pictures that guidance decides where a sample ends.
 STRONG = GuidanceConfig(zeta=60.0, beta=0.5, noise_weight=0.0)
 Make = Callable[[], Any]
 
 
 def ddim() -> DDIMScheduler:
-    return DDIMScheduler(**SD, clip_sample=False)
+    # "trailing", so that a strength of 1 starts at the noisiest level and not some way below it.
+    return DDIMScheduler(**SD, clip_sample=False, timestep_spacing="trailing")
 
 
 def euler() -> EulerDiscreteScheduler:
@@ -93,6 +95,7 @@ class Setting:
     levels: int = 1
     images: tuple[int, ...] = (0, 1)
     vae: LinearVAE | None = None
+    gaussian: bool = False
     data_class: type[DataTerm] | None = None
     forward_class: type[LearnedForward] = LearnedForward
     regulariser_class: Callable[..., Regulariser] | None = None
@@ -107,12 +110,16 @@ class Setting:
     def prior(self, calls: Calls) -> LatentPrior:
         kind = "flow_prediction" if self.make is flow else self.kind
         vae = self.autoencoder
+        scheduler = self.make()
+        if self.gaussian:
+            # The exact denoiser of what `latents` draws.
+            return gaussian_prior(scheduler, kind, vae=vae, mean=0.0, std=SPREAD).counting(calls)
         denoiser = in_dtype(ConvDenoiser(vae.config.latent_channels), self.dtype)
-        return LatentPrior(vae, denoiser, self.make(), prediction_type=kind).counting(calls)
+        return LatentPrior(vae, denoiser, scheduler, prediction_type=kind).counting(calls)
 
     def latents(self, seed: int) -> Tensor:
         channels = self.autoencoder.config.latent_channels
-        rows = [0.4 * randn(channels, 8, 8, seed=seed + k, dtype=self.dtype) for k in self.images]
+        rows = [SPREAD * randn(channels, 8, 8, seed=seed + k, dtype=self.dtype) for k in self.images]
         return torch.stack(rows)
 
     def inn(self, channels: int) -> InvertibleNet:
@@ -391,6 +398,17 @@ class StoredCoordinates(Regulariser):
         return correction / math.sqrt(1 - sigma * sigma)
 
 
+SCHEDULED = Setting(
+    # Few and soft steps from much noise, so that what the first ones did still shows in the end.
+    gaussian=True,
+    dtype=torch.float32,
+    steps=3,
+    strength=0.95,
+    levels=0,
+    config=replace(STRONG, zeta=150.0, beta=0.2),
+)
+
+
 def check_schedulers_agree(setting: Setting, defect: Callable[..., Regulariser] | None = None) -> None:
     """DDIM (eta = 0) and Euler reach the same PSNR on the same time steps with the same weights."""
     prior, truth = setting.prior(Calls()), setting.latents(10)
@@ -402,7 +420,7 @@ def check_schedulers_agree(setting: Setting, defect: Callable[..., Regulariser] 
     one = quality(replace(setting, make=ddim))
     other = quality(replace(setting, make=euler, regulariser_class=defect))
     unguided = quality(replace(setting, make=ddim, name="unguided"))
-    assert ((one - unguided).abs() > 5 * AGREEMENT_DB).all(), "guidance is too weak to show a difference"
+    assert ((one - unguided).abs() > 3 * AGREEMENT_DB).all(), "guidance is too weak to show a difference"
     assert ((one - other).abs() <= AGREEMENT_DB).all(), f"DDIM {one} dB, Euler {other} dB"
 
 
@@ -410,13 +428,13 @@ def check_schedulers_agree(setting: Setting, defect: Callable[..., Regulariser] 
 @pytest.mark.parametrize("update", RULES)
 @pytest.mark.parametrize("name", KINDS)
 def test_ddim_and_euler_agree(name: str, update: Update, kind: str) -> None:
-    check_schedulers_agree(Setting(name, update, kind=kind, dtype=torch.float32, steps=6))
+    check_schedulers_agree(replace(SCHEDULED, name=name, update=update, kind=kind))
 
 
 @pytest.mark.parametrize("update", RULES)
 def test_scheduler_law_finds_a_correction_in_stored_coordinates(update: Update) -> None:
     with pytest.raises(AssertionError):
-        check_schedulers_agree(Setting("latent", update, dtype=torch.float32, steps=6), StoredCoordinates)
+        check_schedulers_agree(replace(SCHEDULED, update=update), StoredCoordinates)
 
 
 # --- an image does not feel its neighbours ---------------------------------------------------------------------------
@@ -567,7 +585,8 @@ class Idle(Regulariser):
 def check_pull_reaches_the_sample(make: type[Regulariser]) -> None:
     """What `pull` returns is the clean latent that the last step arrives at."""
     pulled = replace(Setting(), regulariser_class=make, config=replace(STRONG, regulariser_weight=1.0)).latent
-    assert_close(pulled, torch.zeros_like(pulled))
+    # Schedulers keep their noise levels in float32.
+    assert_close(pulled, torch.zeros_like(pulled), torch.float32)
 
 
 def test_pull_reaches_the_sample() -> None:

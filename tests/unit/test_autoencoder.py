@@ -165,9 +165,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_the_prior_reads_its_grid_off_the_configuration() -> None:
-    prior = LatentPrior(
-        small(), ConvDenoiser(6), DDIMScheduler(clip_sample=False), prediction_type="v_prediction"
-    )
+    prior = LatentPrior(small(), ConvDenoiser(6), DDIMScheduler(clip_sample=False), prediction_type="v_prediction")
     assert (prior.downsampling, prior.latent_channels, prior.size_multiple) == (8, 6, 8)
     x = (pictures() + 1) / 2
     assert_close(prior.encode(x), prior.vae.encode(2 * x - 1).latents)

@@ -81,7 +81,7 @@ def check_modules(text: str, source: Path) -> None:
     assert not missing, f"docs/architecture.md does not say what these modules are for: {missing}"
 
 
-# ----------------------------------------------------------------------------------------------------- on the real thing
+# ---------------------------------------------------------------------------------------------------- on the real thing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -128,7 +128,8 @@ def test_python_examples_of_the_readme_run(workplace: Path, monkeypatch: pytest.
     program = workplace / "readme.py"
     program.write_text("\n".join([first, samples, "several = result", *rest]), encoding="utf-8")
     names = runpy.run_path(str(program))
-    assert Image.open("photo-large.png").size == (4 * WIDTH, 4 * HEIGHT)
+    with Image.open("photo-large.png") as large:
+        assert large.size == (4 * WIDTH, 4 * HEIGHT)
     several, again = names["several"], names["again"]
     assert [len(several.images), len(several.detail_maps), len(several.uncertainty)] == [4, 4, 1]
     assert all(tuple(detail.shape) == (1, 2 * HEIGHT, 2 * WIDTH) for detail in several.detail_maps)
@@ -178,7 +179,7 @@ def test_a_broken_link_is_found() -> None:
     [
         ("latentindigo repair photo.jpg -o out/", "no command"),
         ("latentindigo restore photo.jpg -o out/ --sharpen", "--sharpen"),
-        ("latentindigo restore photo.jpg", "--out"),
+        ("latentindigo restore photo.jpg", "out"),
         ("latentindigo restore no-photo.jpg -o out/", "no-photo.jpg"),
         ("latentindigo restore photo.jpg -o out/ --preset bold", "bold"),
         ("latentindigo restore photo.jpg -o out/ --size 100", "WIDTHxHEIGHT"),

@@ -211,7 +211,7 @@ def test_refinement_of_half_precision_networks_takes_small_steps(dtype: torch.dt
     target = coarse.detach() + 0.3 * randn(*coarse.shape, seed=7)
     errors: list[float] = []
     for _ in range(8):
-        errors.append(float((model.split(x)[0] - target).square().mean()))
+        errors.append(float((model.split(x)[0].detach() - target).square().mean()))
         model.refine(x, target)
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) == len(errors)

@@ -18,7 +18,7 @@ from latentindigo import jobs
 from latentindigo.guidance import UPDATES
 from latentindigo.images import LoadedImage, load_image, read_metadata, save_image
 from latentindigo.jobs import RestoreSettings, failure_kind, restore_file, restore_files
-from latentindigo.pipeline import SMALLEST_TILE, ModelLoadError, RestorationPipeline
+from latentindigo.pipeline import ModelLoadError, RestorationPipeline
 from latentindigo.planning import Task, plan_tasks
 from latentindigo.presets import INITS, METHODS, PRESETS
 from tolerances import TOL
@@ -277,7 +277,6 @@ def test_settings_speak_the_pipelines_language() -> None:
     assert set(jobs._UPDATES) == {None, *UPDATES}
     assert set(jobs._INITS) == {None, *INITS}
     assert set(jobs._PRESETS) == set(PRESETS)
-    assert jobs._SMALLEST_TILE == SMALLEST_TILE
     ours = {item.name: item.default for item in fields(RestoreSettings)}
     theirs = inspect.signature(RestorationPipeline.__call__).parameters
     assert ours == {name: theirs[name].default for name in ours}

@@ -298,9 +298,7 @@ def test_tuning_photos_and_excluded_ones_are_not_trained_on(
 
     monkeypatch.setattr(training, "PhotoFolder", Spy)
     (tmp_path / "tune.txt").write_text("1.png\n3.png\n")
-    recipe = write_recipe(
-        tmp_path / "r.toml", "autoencoder", base, steps=1, exclude=["[45].png"], tune_file="tune.txt"
-    )
+    recipe = write_recipe(tmp_path / "r.toml", "autoencoder", base, steps=1, exclude=["[45].png"], tune_file="tune.txt")
     train("autoencoder", photos, recipe, tmp_path / "out", device="cpu", progress=False)
     assert seen == [["0.png", "2.png", "6.png", "7.png"]]
 
