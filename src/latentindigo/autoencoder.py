@@ -1,8 +1,8 @@
 """The embedded autoencoder: a principal-component patch transform plus a convolutional residual, both ways.
 
 A latent diffusion model can never be better than its autoencoder, sharpness first. Written as "PCA + residual" the
-network starts at the quality of the best *linear* latent of its size (8x8 RGB patches to 48 numbers: 34.5 dB and 83 % of
-the gradient energy on test photographs) instead of at noise, and training only has to add what is not linear.
+network starts at the quality of the best *linear* latent of its size (8x8 RGB patches to 48 numbers: 34.5 dB and 83 %
+of the gradient energy on test photographs) instead of at noise, and training only has to add what is not linear.
 
 Notation (names as in `docs/paper_map.md`):
     E, D            encoder and decoder of the latent diffusion model
@@ -62,7 +62,8 @@ class _ResidualBlock(nn.Module):
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        if self.conv_out.bias is not None:
+            nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_out(F.silu(self.conv_in(F.silu(x))))
@@ -98,7 +99,9 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if patch_size != 8:
-            raise ValueError(f"patch_size must be 8 (the residual branches halve the image three times), got {patch_size}")
+            raise ValueError(
+                f"patch_size must be 8 (the residual branches halve the image three times), got {patch_size}"
+            )
         c, f = latent_channels, patch_size
         self.encode_base = nn.Conv2d(3, c, f, stride=f)
         self.decode_base = nn.ConvTranspose2d(c, 3, f, stride=f)

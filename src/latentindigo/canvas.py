@@ -40,10 +40,10 @@ __all__ = [
 ]
 
 MAX_LEVELS = 3
-AUTO_TILE_PIXELS = 1536 * 1536  # Above this many output pixels, "auto" tiles; below, all stages fit in about 2 GiB.
-AUTO_TILE = 1024
+AUTO_TILE_PIXELS = 2048 * 2048  # Above this many output pixels, "auto" tiles; below, all stages fit in a few GiB.
+AUTO_TILE = 1536
 SMALLEST_TILE = 256
-TILE_OVERLAP = 128
+TILE_OVERLAP = 64
 BATCH_PIXELS = 1024 * 1024
 
 ImageInput = PIL.Image.Image | np.ndarray | Tensor

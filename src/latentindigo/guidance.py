@@ -41,6 +41,7 @@ __all__ = [
     "PixelINN",
     "Regulariser",
     "make_regulariser",
+    "trusted_target",
 ]
 
 Update = Literal["projection", "stopped", "through"]
@@ -58,6 +59,8 @@ class GuidanceConfig:
         zeta: Step of the gradient rules "stopped" and "through", for an image of 512² pixels.
         beta: Step of the rule "projection", 0..1.
         noise_weight: How strongly the noise that gamma reports weakens the data term (see `DataTerm.gain`), 0 = never.
+        shrink: How much of the noise that gamma reports is taken out of the target (see `trusted_target`), 0 = the
+            paper's target, y or E(y) as it is.
         every_k: Guide every k-th step only.
         regulariser: None or a name of `REGULARISERS`.
         regulariser_weight: Its strength (lambda, rho or the trust radius).
@@ -67,9 +70,10 @@ class GuidanceConfig:
 
     w_c: float = 1.0
     w_d: float = 0.5
-    zeta: float = 10.0
+    zeta: float = 20.0
     beta: float = 0.3
-    noise_weight: float = 4.0
+    noise_weight: float = 0.0
+    shrink: float = 6.0
     every_k: int = 1
     regulariser: str | None = None
     regulariser_weight: float = 0.1
@@ -77,7 +81,7 @@ class GuidanceConfig:
     refine_lr: float = 5e-5
 
     def __post_init__(self) -> None:
-        for name in ("w_c", "w_d", "zeta", "noise_weight", "regulariser_weight", "refine_lr"):
+        for name in ("w_c", "w_d", "zeta", "noise_weight", "shrink", "regulariser_weight", "refine_lr"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
@@ -229,6 +233,7 @@ class DataTerm:
         pixels: Output pixels H * W, for the size-independent norm.
         config: Settings.
         noise: Noise in y that gamma reports, (B,), [0, 1] units.
+        unit: Factor on the norms. PixelINN gets the latent size of one pixel unit, so that one zeta serves both.
     """
 
     def __init__(
@@ -239,9 +244,10 @@ class DataTerm:
         pixels: int,
         config: GuidanceConfig,
         noise: Float[Tensor, " b"],
+        unit: float = 1.0,
     ) -> None:
         self.prior, self.forward_model, self.target, self.config = prior, forward_model, target, config
-        self.size_factor = math.sqrt(pixels / REFERENCE_PIXELS)
+        self.size_factor = unit * math.sqrt(pixels / REFERENCE_PIXELS)
         self.noise = noise
 
     def open(self, z0: Tensor) -> Tensor:
@@ -343,6 +349,40 @@ class DataTerm:
             with torch.no_grad():
                 u = self.open(z0.detach())
             self.forward_model.refine(u, self.target)
+
+
+def trusted_target(
+    measured: Float[Tensor, "b c h w"],
+    simulated: Float[Tensor, "b c h w"],
+    noise_variance: Float[Tensor, "b #c 1 1"],
+    shrink: float,
+) -> Float[Tensor, "b c h w"]:
+    """A measurement whose noise is shrunk towards what the start image predicts, channel by channel *(ours)*.
+
+    target = s + K (m - s), K = max(0, v - shrink n) / v: the empirical Wiener gain of the residual m - s.
+
+    | code | symbol | meaning |
+    | --- | --- | --- |
+    | `measured` | m | y, or E(y) |
+    | `simulated` | s | coarse part of the start image |
+    | (computed) | v | mean square of m - s, per image and channel |
+    | `noise_variance` | n | variance of the noise in m that gamma reports |
+
+    Exact agreement with a noisy y imports its noise, most in channels where y holds little else.
+
+    Args:
+        measured: Measurement (B, C, h, w).
+        simulated: Simulated measurement of the start image, same shape.
+        noise_variance: Noise variance per image, and per channel where they differ.
+        shrink: Factor on the noise variance; 0 returns the measurement.
+
+    Returns:
+        The target (B, C, h, w).
+    """
+    residual = measured - simulated
+    power = residual.square().mean((-2, -1), keepdim=True)
+    kept = ((power - shrink * noise_variance) / power.clamp_min(1e-12)).clamp(0, 1)
+    return simulated + kept * residual
 
 
 class PixelINN(DataTerm):

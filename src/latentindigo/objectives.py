@@ -8,8 +8,9 @@
 | pixel-inn | g (pixels) | ‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² |
 | latent-inn | g (latents) | the same on z = E(x) with target E(y) |
 
-The noise and the JPEG blocks of y cannot be predicted from x, so the coarse part learns their mean; the losses use the
-noise- and JPEG-free y as target, which has (nearly) that mean without the variance (ours).
+The noise and the JPEG blocks of y cannot be predicted from x, so the coarse part learns their mean; its loss uses the
+noise- and JPEG-free y as target, which has (nearly) that mean without the variance (ours). The inverse is trained on the
+y that it will be given, noise and all, so that it learns not to amplify noise while it undoes blur.
 """
 
 from __future__ import annotations
@@ -310,7 +311,7 @@ class PixelINNObjective(Objective):
             gamma = self.degradation_encoder(batch["y"])
         x_c, x_d = self.pixel_inn(x, gamma, levels)
         coarse = (x_c - batch["y_clean"]).square().mean()
-        inverse = (self.pixel_inn.inverse(batch["y_clean"], x_d, gamma, levels) - x).square().mean()
+        inverse = (self.pixel_inn.inverse(batch["y"], x_d, gamma, levels) - x).square().mean()
         plain = F.interpolate(x, size=x_c.shape[-2:], mode="bicubic", antialias=True)
         ratio = coarse / (plain - batch["y_clean"]).square().mean().clamp_min(1e-6)
         return {
@@ -356,10 +357,10 @@ class LatentINNObjective(Objective):
         with torch.no_grad():
             gamma = self.degradation_encoder(batch["y"])
             z = self.vae.encode(batch["x"] * 2 - 1).latents.float()
-            target = self.vae.encode(batch["y_clean"] * 2 - 1).latents.float()
+            clean, measured = (self.vae.encode(batch[k] * 2 - 1).latents.float() for k in ("y_clean", "y"))
         z_c, z_d = self.latent_inn(z, gamma, levels)
-        coarse = (z_c - target).square().mean()
-        inverse = (self.latent_inn.inverse(target, z_d, gamma, levels) - z).square().mean()
+        coarse = (z_c - clean).square().mean()
+        inverse = (self.latent_inn.inverse(measured, z_d, gamma, levels) - z).square().mean()
         return {
             "loss": coarse + self.inverse_weight * inverse,
             "coarse": coarse.detach(),

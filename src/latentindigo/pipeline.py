@@ -52,6 +52,7 @@ from latentindigo.guidance import (
     PixelINN,
     Update,
     make_regulariser,
+    trusted_target,
 )
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.model_folder import model_folder
@@ -159,7 +160,8 @@ class RestorationPipeline(DiffusionPipeline):
             model: "embedded" (ships in the package), a folder, or a hub id.
             prior: Folder or hub id of another latent diffusion model to sample with (its vae, denoiser or unet, and
                 scheduler); guidance then defaults to PixelINN, which serves any of them.
-            torch_dtype: Dtype of the networks, float32 by default; the sampler's state is always float32.
+            torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default; the INNs, the degradation
+                encoder and the sampler's state are always float32.
             device: Where to put the networks, the CPU by default.
             **kwargs: Passed to diffusers.
 
@@ -178,7 +180,10 @@ class RestorationPipeline(DiffusionPipeline):
             if prior is not None:
                 parts["latent_inn"] = None  # It belongs to the other autoencoder.
             with _quiet_loading():
-                pipe = super().from_pretrained(folder, dtype=dtype, use_safetensors=True, **{**parts, **kwargs})
+                # The INNs are exact only if both directions round alike, and gamma steers everything: float32 for both.
+                exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
+                dtypes = {"default": dtype, **exact}
+                pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
             pipe.presets = load_presets(folder)
             pipe._build_prior()
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
@@ -371,7 +376,7 @@ class RestorationPipeline(DiffusionPipeline):
         trajectory = prior.trajectory(
             settings.steps, 1.0 if settings.init == "noise" else settings.strength, eta=settings.eta
         )
-        data = self._data_term(prior, padded, gamma, noise, plan, settings, operator, calls)
+        data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, calls)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def on_step(i: int, z_t: Tensor, z0: Tensor) -> None:
@@ -415,10 +420,10 @@ class RestorationPipeline(DiffusionPipeline):
             levels, estimator = min(plan.levels, 2), self.estimator
             weights = gamma.to(estimator.dtype)
             if tiling is None:
-                x = estimator(y.to(estimator.dtype), weights, levels)
+                x = estimator(y, weights, levels)
             else:
                 x = tiled_map(
-                    lambda part: estimator(part.to(estimator.dtype), weights, levels).float(),
+                    lambda part: estimator(part, weights, levels),
                     y,
                     tiling.tile >> levels,
                     tiling.overlap >> levels,
@@ -441,6 +446,7 @@ class RestorationPipeline(DiffusionPipeline):
         self,
         prior: LatentPrior,
         y: Tensor,
+        begin: tuple[Tensor, Tensor],
         gamma: Tensor,
         noise: Tensor,
         plan: Plan,
@@ -459,11 +465,17 @@ class RestorationPipeline(DiffusionPipeline):
         if operator is not None:
             model = LinearForward(OnCanvas(operator, plan), float(noise.mean()))
             return PixelINN(prior, model, y, plan.pixels, settings.guidance, noise)
+        variance, shrink = noise.square()[:, None, None, None], settings.guidance.shrink
+        gain = _noise_gain(prior)
         if settings.method == "latent-inn" and self.latent_inn is not None:
             model = LearnedForward(self.latent_inn, gamma.to(self.latent_inn.dtype), plan.levels, lr, count)
-            return LatentINN(prior, model, prior.encode(y), plan.pixels, settings.guidance, noise)
+            measured, (simulated, _) = prior.encode(y), model.split(begin[1])
+            target = trusted_target(measured, simulated, variance * gain, shrink)
+            return LatentINN(prior, model, target, plan.pixels, settings.guidance, noise)
         model = LearnedForward(self.pixel_inn, gamma, plan.levels, lr, count)
-        return PixelINN(prior, model, y, plan.pixels, settings.guidance, noise)
+        target = trusted_target(y, model.split(begin[0])[0], variance, shrink)
+        unit = float(gain.mean().sqrt())
+        return PixelINN(prior, model, target, plan.pixels, settings.guidance, noise, unit)
 
     def _no_details(self, coarse: Tensor, levels: int) -> tuple[Tensor, ...]:
         """Details of zero that belong to a coarse part (B, C, h, w), finest first."""
@@ -477,6 +489,15 @@ class RestorationPipeline(DiffusionPipeline):
         coarse, _ = self.pixel_inn(x, gamma, levels)
         measured = self.pixel_inn.inverse(coarse, self._no_details(coarse, levels), gamma, levels)
         return (x - measured).abs().mean(1, keepdim=True).float().clamp(0, 1)
+
+
+def _noise_gain(prior: LatentPrior) -> Tensor:
+    """Variance per latent channel that the encoder makes of white pixel noise of variance 1, (1, c, 1, 1)."""
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    step = 0.02  # Noise of 5/255: the encoder is nearly linear in it.
+    noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
+    response = prior.encode((grey + step * noise).to(prior.device)) - prior.encode(grey.to(prior.device))
+    return response.var((-2, -1), keepdim=True) / step**2
 
 
 @contextlib.contextmanager

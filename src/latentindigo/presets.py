@@ -60,9 +60,9 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "faithful": Preset(steps=6, strength=0.15),
-    "default": Preset(),
-    "vivid": Preset(steps=12, strength=0.6),
+    "faithful": Preset(update="stopped", steps=4, strength=0.06, guidance=GuidanceConfig(zeta=3.0)),
+    "default": Preset(update="stopped", steps=6, strength=0.35),
+    "vivid": Preset(update="stopped", steps=8, strength=0.64),
 }
 
 

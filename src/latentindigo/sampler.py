@@ -51,23 +51,24 @@ def restore_latent(
     """
     z_t = trajectory.noise(torch.zeros_like(start) if trajectory.pure_noise else start, draw_noise(start, generators))
     for i in range(len(trajectory)):
-        guided = data is not None and i % data.config.every_k == 0
-        through = guided and update == "through"
+        guide = data if data is not None and i % data.config.every_k == 0 else None
+        through = guide is not None and update == "through"
         alpha, sigma = trajectory.alpha_sigma(i)
         with torch.set_grad_enabled(through):
             z_t = z_t.detach().requires_grad_(through)
             prediction = trajectory.predict(z_t, i)
         estimate, z0 = prediction.z0.detach(), prediction.z0
-        if guided and not through:
-            correct = data.projection if update == "projection" else data.descent
-            z0 = estimate + regulariser.limit(correct(estimate, data.gain(alpha, sigma)), sigma)
+        if guide is not None and update != "through":
+            correct = guide.projection if update == "projection" else guide.descent
+            z0 = estimate + regulariser.limit(correct(estimate, guide.gain(alpha, sigma)), sigma)
         if data is not None:
             z0 = regulariser.pull(z0, data)
         z_next = trajectory.step(prediction, z0, z_t, i, generators)
-        if through:
-            z_next = z_next + regulariser.limit(data.descent_through(prediction.z0, z_t, data.gain(alpha, sigma)), sigma)
-        if guided:
-            data.refine(estimate)
+        if guide is not None and update == "through":
+            correction = guide.descent_through(prediction.z0, z_t, guide.gain(alpha, sigma))
+            z_next = z_next + regulariser.limit(correction, sigma)
+        if guide is not None:
+            guide.refine(estimate)
         z_t = regulariser.renoise(z_next, z0.detach(), *trajectory.alpha_sigma(i + 1), generators).detach()
         if on_step is not None:
             on_step(i, z_t, z0.detach())

@@ -26,11 +26,12 @@ from latentindigo.guidance import (
     Regulariser,
     Renoise,
     TrustRegion,
+    trusted_target,
 )
 from latentindigo.inn import InvertibleNet
 from latentindigo.prior import LatentPrior
 from tolerances import TOL, assert_close, in_dtype, randomise_
-from toys import ConvDenoiser, LinearVAE, gaussian_prior, randn
+from toys import ConvDenoiser, LinearVAE, randn
 
 GAMMA_DIM = 6
 KINDS: dict[str, type[DataTerm]] = {"pixel": PixelINN, "latent": LatentINN}
@@ -469,6 +470,70 @@ def test_gain_scaling_law_finds_an_ignored_gain() -> None:
         check_gain_scales_the_update(make_data("latent", z0, kind=IgnoresGain), z0)
 
 
+# --- a noisy target is shrunk towards what the start image predicts --------------------------------------------------
+
+
+Target = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def keeps_the_noise(measured: Tensor, simulated: Tensor, noise_variance: Tensor, shrink: float) -> Tensor:
+    """Defect: the measurement as it is."""
+    return measured
+
+
+def one_gain_for_all(measured: Tensor, simulated: Tensor, noise_variance: Tensor, shrink: float) -> Tensor:
+    """Defect: one gain for all images and channels."""
+    power = (measured - simulated).square().mean()
+    return simulated + ((power - shrink * noise_variance.mean()) / power).clamp(0, 1) * (measured - simulated)
+
+
+def check_target_is_nearer_to_the_truth(target_of: Target) -> None:
+    """Where noise outweighs what the start image misses the target follows the start image, elsewhere the measurement.
+
+    In the mean square no channel of any image ends further from the truth than the better of the two, to the accuracy
+    of its own estimate of the power.
+    """
+    truth = randn(2, 3, 64, 64, seed=1, dtype=torch.float64)
+    missed = torch.tensor([[0.0, 0.1, 1.0], [0.3, 0.0, 0.1]], dtype=torch.float64)[:, :, None, None]
+    noise = torch.tensor([[0.3, 0.3, 0.1], [0.01, 0.2, 0.2]], dtype=torch.float64)[:, :, None, None]
+    simulated = truth + missed * randn(*truth.shape, seed=2, dtype=torch.float64)
+    measured = truth + noise * randn(*truth.shape, seed=3, dtype=torch.float64)
+    target = target_of(measured, simulated, noise.square(), 1.0)
+
+    def error(x: Tensor) -> Tensor:
+        return (x - truth).square().mean((2, 3))
+
+    assert (error(target) <= 1.05 * torch.minimum(error(measured), error(simulated)) + 1e-3).all()
+
+
+def check_target_without_noise_is_the_measurement(target_of: Target) -> None:
+    """Without noise, or with a shrink of 0, the target is the paper's; between, it lies on the way to the start."""
+    measured, simulated = latents(), 0.5 * latents()
+    noise = torch.full((2, 1, 1, 1), 0.01, dtype=torch.float64)
+    assert_close(target_of(measured, simulated, 0 * noise, 1.0), measured)
+    assert_close(target_of(measured, simulated, noise, 0.0), measured)
+    share = (target_of(measured, simulated, noise, 1.0) - simulated) / (measured - simulated)
+    assert 0 <= float(share.min()) <= float(share.max()) < 1
+    assert_close(target_of(measured, simulated, 1e6 * noise, 1.0), simulated)
+    assert_close(target_of(measured, measured, noise, 1.0), measured)
+
+
+def test_target_is_nearer_to_the_truth() -> None:
+    check_target_is_nearer_to_the_truth(trusted_target)
+    check_target_without_noise_is_the_measurement(trusted_target)
+
+
+@pytest.mark.parametrize("defect", [keeps_the_noise, one_gain_for_all])
+def test_target_law_finds_kept_noise(defect: Target) -> None:
+    with pytest.raises(AssertionError):
+        check_target_is_nearer_to_the_truth(defect)
+
+
+def test_target_law_finds_a_target_that_ignores_the_noise() -> None:
+    with pytest.raises(AssertionError):
+        check_target_without_noise_is_the_measurement(keeps_the_noise)
+
+
 # --- refinement ------------------------------------------------------------------------------------------------------
 
 
@@ -737,9 +802,3 @@ def test_input_law_finds_writing_in_place() -> None:
     z0 = latents()
     with pytest.raises(AssertionError):
         check_inputs_stay(make_data("latent", z0, kind=InPlace), z0)
-
-
-def test_gaussian_toy_prior_fits_the_data_term() -> None:
-    # The closed-form prior of the sampler's laws has the grid that these laws assume.
-    prior = gaussian_prior(DDIMScheduler(clip_sample=False))
-    assert (prior.latent_channels, prior.downsampling) == (12, 2)

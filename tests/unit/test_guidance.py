@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -43,11 +44,11 @@ def pixels(batch: int = 1, size: int = 16) -> Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", ["w_c", "w_d", "zeta", "noise_weight", "regulariser_weight", "refine_lr"])
+@pytest.mark.parametrize("name", ["w_c", "w_d", "zeta", "noise_weight", "shrink", "regulariser_weight", "refine_lr"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_weights_are_finite_and_not_negative(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got"):
-        GuidanceConfig(**{name: value})
+        dataclasses.replace(GuidanceConfig(), **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,9 @@ def test_the_norm_is_the_papers_at_512_pixels() -> None:
     coarse, details = model.split(z0)
     expected = 2.0 * (target - coarse).norm() + 0.5 * (model.merge(target, details) - z0).norm()
     assert_close(data.loss(z0), expected[None])
+    # Another unit of the residuals is another factor on the loss, and so on every step.
+    doubled = LatentINN(prior, model, target, 512 * 512, data.config, torch.zeros(1), unit=2.0)
+    assert_close(doubled.loss(z0), 2 * expected[None])
 
 
 def test_perfect_agreement_has_a_gradient_of_zero() -> None:
