@@ -212,8 +212,10 @@ def centre_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def tiling_from(tile: Literal["auto"] | int | None) -> TilingConfig | None | Literal["auto"]:
     """Check the setting `tile` and turn a side in output pixels into tiles with a suitable overlap."""
-    if tile is None or tile == "auto":
-        return tile
+    if tile is None:
+        return None
+    if tile == "auto":
+        return "auto"
     if not isinstance(tile, int) or tile < SMALLEST_TILE:
         raise ValueError(f"tile must be 'auto', None or a side of at least {SMALLEST_TILE} output pixels, got {tile!r}")
     return TilingConfig(tile=tile // 32 * 32, overlap=min(TILE_OVERLAP, tile // 4 // 32 * 32))

@@ -354,7 +354,7 @@ class DataTerm:
 def trusted_target(
     measured: Float[Tensor, "b c h w"],
     simulated: Float[Tensor, "b c h w"],
-    noise_variance: Float[Tensor, "b #c 1 1"],
+    noise_variance: Float[Tensor, "b c1 1 1"],
     shrink: float,
 ) -> Float[Tensor, "b c h w"]:
     """A measurement whose noise is shrunk towards what the start image predicts, channel by channel *(ours)*.

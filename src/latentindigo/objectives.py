@@ -5,12 +5,13 @@
 | autoencoder | E, D | L1(D(E(x)), x) + L1 of its gradients |
 | denoiser | latent denoiser | v-prediction: ‖v(z_t, t) - (alpha eps - sigma z_0)‖² |
 | estimator | stage-one estimate and F | Charbonnier(estimate(y, gamma), x) + regression of the damage from gamma |
-| pixel-inn | g (pixels) | ‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² |
-| latent-inn | g (latents) | the same on z = E(x) with target E(y) |
+| pixel-inn | g (pixels) | ‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² + mu ‖g⁻¹(x_c, 0, gamma) - x‖² |
+| latent-inn | g (latents) | the first two on z = E(x) with target E(y) |
 
-The noise and the JPEG blocks of y cannot be predicted from x, so the coarse part learns their mean; its loss uses the
-noise- and JPEG-free y as target, which has (nearly) that mean without the variance (ours). The inverse is trained on the
-y that it will be given, noise and all, so that it learns not to amplify noise while it undoes blur.
+Noise and JPEG blocks of y cannot be predicted from x, so the coarse part learns their mean; its loss takes the
+noise- and JPEG-free y as target, which has (nearly) that mean without the variance (ours). The inverse is trained on
+the y that it will be given, noise and all, so that it learns not to amplify noise while it undoes blur. The last term
+makes "no details" mean "as smooth as the coarse part says", which the map of invented detail relies on (ours).
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Objective(nn.Module):
     def save_networks(self, folder: Path) -> None:
         """Save the trained networks in half precision, in diffusers' format, below `folder`."""
         for name, network in self.networks.items():
-            half = type(network).from_config(network.config)
+            kind: Any = type(network)
+            half = kind.from_config(network.config)
             half.load_state_dict(network.state_dict())
             half.half().save_pretrained(folder / name, max_shard_size=SHARD)
 
@@ -210,7 +212,7 @@ class DenoiserObjective(Objective):
     def _noised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.no_grad():
             z = self.vae.encode(batch["x"] * 2 - 1).latents.float()
-        alpha_bar = self.alpha_bar[batch["t"]][:, None, None, None]
+        alpha_bar = self.get_buffer("alpha_bar")[batch["t"]][:, None, None, None]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return z, alpha * z + sigma * batch["noise"], alpha, sigma
 
@@ -298,26 +300,31 @@ class PixelINNObjective(Objective):
         self.degradation_encoder = _frozen(DegradationEncoder.from_pretrained(base / "degradation_encoder"))
         self.pixel_inn = InvertibleNet(**model)
         self.networks = {"pixel_inn": self.pixel_inn}
-        self.inverse_weight = float(settings.get("inverse_weight", 0.1))
+        self.inverse_weight = float(settings.get("inverse_weight", 0.5))
+        self.detail_weight = float(settings.get("detail_weight", 0.2))
 
     def batch(self, photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Pairs (x, y) with the noise- and JPEG-free y."""
         return _degraded(photos, config, numbers)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖²."""
+        """‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² + mu ‖g⁻¹(x_c, 0, gamma) - x‖²."""
         x, levels = batch["x"], LEVELS[int(batch["scale"])]
         with torch.no_grad():
             gamma = self.degradation_encoder(batch["y"])
         x_c, x_d = self.pixel_inn(x, gamma, levels)
         coarse = (x_c - batch["y_clean"]).square().mean()
         inverse = (self.pixel_inn.inverse(batch["y"], x_d, gamma, levels) - x).square().mean()
+        # Without this term details need not vanish where x is smooth, and the map of invented detail would show that.
+        none = tuple(torch.zeros_like(d) for d in x_d)
+        smooth = (self.pixel_inn.inverse(x_c, none, gamma, levels) - x).square().mean()
         plain = F.interpolate(x, size=x_c.shape[-2:], mode="bicubic", antialias=True)
         ratio = coarse / (plain - batch["y_clean"]).square().mean().clamp_min(1e-6)
         return {
-            "loss": coarse + self.inverse_weight * inverse,
+            "loss": coarse + self.inverse_weight * inverse + self.detail_weight * smooth,
             "coarse": coarse.detach(),
             "inverse": inverse.detach(),
+            "smooth": smooth.detach(),
             "coarse_over_bicubic": ratio.detach(),
         }
 
@@ -331,6 +338,7 @@ class PixelINNObjective(Objective):
             "x": batch["x"],
             "y": F.interpolate(batch["y"], size=size),
             "x_c": F.interpolate(x_c.float(), size=size),
+            "g⁻¹(x_c, 0)": self.pixel_inn.inverse(x_c, tuple(torch.zeros_like(d) for d in x_d), gamma, levels),
             "g⁻¹(y, x_d)": self.pixel_inn.inverse(batch["y"], x_d, gamma, levels),
         }
 

@@ -145,7 +145,7 @@ class RestorationPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------------------------------------ loading, saving
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (diffusers' own signature is **kwargs)
         cls,
         model: str | os.PathLike[str] = "embedded",
         *,
@@ -190,7 +190,9 @@ class RestorationPipeline(DiffusionPipeline):
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
         return pipe if device is None else pipe.to(device)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (its flags pass through **kwargs)
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
         """Save all parts, safetensors in shards of at most 15 MB, and the presets.
 
         Args:

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentindigo.data import PhotoFolder, sample_generator
+from latentindigo.data import PhotoFolder
 from latentindigo.objectives import OBJECTIVES, Objective
 
 __all__ = ["PARTS", "TrainConfig", "load_recipe", "train"]
@@ -227,7 +227,7 @@ def _draw_curves(log: Path, target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no loss curves: matplotlib is missing; install latentindigo[train]", file=sys.stderr)
+        sys.stderr.write("no loss curves: matplotlib is missing; install latentindigo[train]\n")
         return
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     names = sorted({k for line in lines for k in line} - {"step", "seconds", "samples_per_second"})
@@ -260,7 +260,7 @@ def train(
         data: Folder with photographs, searched recursively.
         recipe: Recipe file; None takes the packaged one of the part.
         out: Run folder.
-        init_from: Model folder (or "embedded") whose weights the part starts from. Ignored when a checkpoint is resumed.
+        init_from: Model folder (or "embedded") whose weights to start from; ignored when a checkpoint is resumed.
         resume: Go on from `out`'s checkpoint if there is one; False starts anew and refuses to overwrite one.
         overrides: Recipe values to replace.
         device: "cpu" or "cuda"; None lets accelerate choose.

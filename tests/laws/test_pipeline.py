@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_pipeline as build_pipeline
-from tolerances import TOL, assert_close
 from torch import Tensor
 
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
+from tiny import tiny_pipeline as build_pipeline
+from tolerances import TOL, assert_close
 
 Restore = Callable[..., Any]
 
-FAST = {"steps": 2, "output_type": "pt"}
+FAST: dict[str, Any] = {"steps": 2, "output_type": "pt"}
 METHODS = [("latent-inn", "projection"), ("latent-inn", "stopped"), ("latent-inn", "through")]
 METHODS += [("pixel-inn", "projection"), ("pixel-inn", "stopped"), ("pixel-inn", "through"), ("unguided", "stopped")]
 
@@ -48,7 +48,7 @@ def test_alone_is_batch(tiny_pipeline: RestorationPipeline, method: str, update:
 
 
 def test_alone_is_batch_when_refined_and_noisy(tiny_pipeline: RestorationPipeline) -> None:
-    guidance = {"refine": True, "refine_lr": 1e-2, "beta": 0.8, "regulariser": "renoise"}
+    guidance: dict[str, Any] = {"refine": True, "refine_lr": 1e-2, "beta": 0.8, "regulariser": "renoise"}
     check_alone_is_batch(tiny_pipeline, scale=2, guidance=guidance, eta=0.7, **FAST)
 
 
@@ -59,7 +59,7 @@ def test_alone_is_batch_catches_a_norm_over_the_batch(
         return residual.square().sum().sqrt().expand(len(residual))
 
     monkeypatch.setattr(DataTerm, "_norm", norm_of_the_batch)
-    settings = {"scale": 2, "update": "stopped", "guidance": {"zeta": 50.0}, **FAST}
+    settings: dict[str, Any] = {"scale": 2, "update": "stopped", "guidance": {"zeta": 50.0}, **FAST}
     with pytest.raises(AssertionError):
         check_alone_is_batch(tiny_pipeline, **settings)
 
@@ -75,7 +75,11 @@ def test_alone_is_batch_catches_shared_refinement(
         self._optimizers = [torch.optim.Adam(self._private[0].parameters(), lr=0.1)] * len(self._private)
 
     monkeypatch.setattr(LearnedForward, "__init__", share_the_copy)
-    settings = {"scale": 2, "guidance": {"refine": True, "refine_lr": 0.1, "beta": 1.0, "noise_weight": 0.0}, **FAST}
+    settings: dict[str, Any] = {
+        "scale": 2,
+        "guidance": {"refine": True, "refine_lr": 0.1, "beta": 1.0, "noise_weight": 0.0},
+        **FAST,
+    }
     with pytest.raises(AssertionError):
         check_alone_is_batch(tiny_pipeline, **settings)
 
@@ -85,11 +89,13 @@ def test_alone_is_batch_catches_shared_refinement(
 
 def check_reproducible(restore: Restore) -> None:
     """One seed gives one result, and another seed another one."""
-    settings = {"scale": 2, "strength": 0.8, **FAST}
+    settings: dict[str, Any] = {"scale": 2, "strength": 0.8, **FAST}
     first, again = (restore(photo(), seed=7, **settings).images[0] for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, restore(photo(), seed=8, **settings).images[0])
-    assert not torch.equal(restore(photo(), seed=0, **settings).images[0], restore(photo(), seed=1, **settings).images[0])
+    assert not torch.equal(
+        restore(photo(), seed=0, **settings).images[0], restore(photo(), seed=1, **settings).images[0]
+    )
 
 
 def test_reproducible(tiny_pipeline: RestorationPipeline) -> None:
@@ -111,7 +117,7 @@ def test_reproducible_catches_an_ignored_seed(
 
 
 def test_sample_k_uses_seed_plus_k(tiny_pipeline: RestorationPipeline) -> None:
-    settings = {"scale": 2, "strength": 0.8, **FAST}
+    settings: dict[str, Any] = {"scale": 2, "strength": 0.8, **FAST}
     samples = tiny_pipeline(photo(), num_samples=3, seed=5, **settings)
     for k in range(3):
         assert_close(samples.images[k], tiny_pipeline(photo(), seed=5 + k, **settings).images[0])
@@ -122,7 +128,7 @@ def test_sample_k_uses_seed_plus_k(tiny_pipeline: RestorationPipeline) -> None:
 
 
 def test_one_seed_per_image(tiny_pipeline: RestorationPipeline) -> None:
-    settings = {"scale": 2, "strength": 0.8, **FAST}
+    settings: dict[str, Any] = {"scale": 2, "strength": 0.8, **FAST}
     both = tiny_pipeline([photo(), photo()], seed=[3, 4], **settings).images
     assert_close(both[1], tiny_pipeline(photo(), seed=4, **settings).images[0])
     assert not torch.equal(both[0], both[1])
@@ -161,7 +167,7 @@ def test_hash_sees_every_weight() -> None:
 
 def check_threads(pipe: RestorationPipeline) -> None:
     """Two threads at once give the pixels of two runs in turn."""
-    settings = {"scale": 2, "steps": 6, "output_type": "pt", "strength": 0.8}
+    settings: dict[str, Any] = {"scale": 2, "steps": 6, "output_type": "pt", "strength": 0.8}
     pictures = [photo(seed=1), photo(seed=2)]
     in_turn = [pipe(p, **settings).images[0] for p in pictures]
     for _ in range(3):
@@ -185,7 +191,8 @@ def test_threads_catches_a_shared_target(tiny_pipeline: RestorationPipeline, mon
         shared["target"] = self.target
 
     monkeypatch.setattr(LatentINN, "__init__", remember)
-    monkeypatch.setattr(LatentINN, "target", property(lambda self: shared["target"], lambda self, v: shared.update(target=v)), raising=False)  # fmt: skip
+    everyones = property(lambda self: shared["target"], lambda self, value: shared.update(target=value))
+    monkeypatch.setattr(LatentINN, "target", everyones, raising=False)
     with pytest.raises(AssertionError):
         for _ in range(20):  # A race: give the threads a chance to meet.
             check_threads(tiny_pipeline)
@@ -199,7 +206,7 @@ def check_round_trip(pipe: RestorationPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
     loaded = RestorationPipeline.from_pretrained(folder)
     for method in ("latent-inn", "pixel-inn"):
-        settings = {"scale": 2, "method": method, **FAST}
+        settings: dict[str, Any] = {"scale": 2, "method": method, **FAST}
         assert_close(loaded(photo(), **settings).images[0], pipe(photo(), **settings).images[0])
     assert loaded.presets == pipe.presets
 
@@ -328,7 +335,7 @@ def test_no_shift_catches_a_roll() -> None:
 
 def check_tiles(pipe: RestorationPipeline, image: Tensor, scale: float) -> None:
     """A tiled run and an untiled run agree where the networks' reach is shorter than the overlap."""
-    settings = {"scale": scale, "steps": 2, "strength": 0.5, "output_type": "pt"}
+    settings: dict[str, Any] = {"scale": scale, "steps": 2, "strength": 0.5, "output_type": "pt"}
     whole = pipe(image, tile=None, **settings).images[0]
     tiled = pipe(image, tile=256, **settings).images[0]
     assert float((whole - tiled).abs().mean()) < TOL[torch.float16].atol

@@ -177,15 +177,15 @@ def test_the_second_order_ranges_are_the_published_ones() -> None:
 
 
 def test_second_order_draws_fill_their_ranges() -> None:
-    source, draws = generator(), 160
+    source, draws = generator(), 700
     drawn = [d.draw_second_order(source, 4) for _ in range(draws)]
     noises = [s.sigma * 255 for p in drawn for s in steps_of(p, d.NoiseStep)]
     qualities = [s.quality for p in drawn for s in steps_of(p, d.JpegStep)]
     sides = Counter(s.kernel.shape[-1] for p in drawn for s in steps_of(p, d.BlurStep))
     factors = [steps_of(p, d.ResizeStep)[0].factor / 4 for p in drawn]
     assert len(qualities) == 2 * draws
-    assert len(noises) / (2 * draws) == pytest.approx(0.5, abs=0.1)
-    assert sum(sides.values()) / draws == pytest.approx(1 + 0.8 + 0.8, abs=0.15)
+    assert len(noises) / (2 * draws) == pytest.approx(0.5, abs=0.05)
+    assert sum(sides.values()) / draws == pytest.approx(1 + 0.8 + 0.8, abs=0.05)
     assert set(sides) == set(range(7, 22, 2))
     assert 1 <= min(noises) < 3
     assert 27 < max(noises) <= 30
@@ -193,18 +193,18 @@ def test_second_order_draws_fill_their_ranges() -> None:
     assert 90 < max(qualities) <= 95
     assert 0.15 <= min(factors) < 0.2
     assert 1.4 < max(factors) <= 1.5
-    assert sum(f < 1 for f in factors) / draws == pytest.approx(0.7, abs=0.1)
-    assert sum(isinstance(p.steps[-2], d.JpegStep) for p in drawn) / draws == pytest.approx(0.5, abs=0.15)
+    assert sum(f < 1 for f in factors) / draws == pytest.approx(0.7, abs=0.05)
+    assert sum(isinstance(p.steps[-2], d.JpegStep) for p in drawn) / draws == pytest.approx(0.5, abs=0.05)
 
 
 def test_simple_draws_fill_their_ranges_and_are_sometimes_none() -> None:
-    source, draws = generator(), 250
+    source, draws = generator(), 900
     drawn = [d.draw_simple(source, 1) for _ in range(draws)]
     blurs = [s.sigma for p in drawn for s in steps_of(p, d.BlurStep)]
     noises = [s.sigma * 255 for p in drawn for s in steps_of(p, d.NoiseStep)]
     qualities = [s.quality for p in drawn for s in steps_of(p, d.JpegStep)]
     for values in (blurs, noises, qualities):
-        assert len(values) / draws == pytest.approx(0.6, abs=0.12)
+        assert len(values) / draws == pytest.approx(0.6, abs=0.05)
     assert 1.9 < max(blurs) <= d.blur_limit(1)
     assert 28 < max(noises) <= 30
     assert 10 <= min(qualities) < 14

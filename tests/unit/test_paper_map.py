@@ -60,6 +60,7 @@ EQUATIONS = (
     "Update stopped at z_{0,t}",
     "Projection",
     "Gain by noise",
+    "Trusted target",
     "Map of invented detail",
     "Map of uncertainty",
     "Non-blind mode",

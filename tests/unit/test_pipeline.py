@@ -41,7 +41,8 @@ def test_scales_beyond_eight_take_several_passes(tiny_pipeline: RestorationPipel
 
 
 @pytest.mark.parametrize(
-    ("size", "crop", "expected"), [((40, 40), False, (3, 26, 40)), ((40, 40), True, (3, 40, 40)), ((7, 90), True, (3, 90, 7))]
+    ("size", "crop", "expected"),
+    [((40, 40), False, (3, 26, 40)), ((40, 40), True, (3, 40, 40)), ((7, 90), True, (3, 90, 7))],
 )
 def test_size_keeps_the_aspect(
     tiny_pipeline: RestorationPipeline, size: tuple[int, int], crop: bool, expected: tuple[int, ...]
@@ -61,7 +62,9 @@ def test_all_starts(tiny_pipeline: RestorationPipeline, init: str, scale: int) -
 
 
 def test_starts_differ(tiny_pipeline: RestorationPipeline) -> None:
-    results = [tiny_pipeline(noise(), init=i, strength=0.3, **FAST).images[0] for i in ("estimator", "encode", "inverse")]
+    results = [
+        tiny_pipeline(noise(), init=i, strength=0.3, **FAST).images[0] for i in ("estimator", "encode", "inverse")
+    ]
     assert not torch.equal(results[0], results[1])
     assert not torch.equal(results[1], results[2])
 
@@ -85,7 +88,7 @@ def test_kinds_of_input_agree(tiny_pipeline: RestorationPipeline) -> None:
 
 
 def test_kinds_of_output(tiny_pipeline: RestorationPipeline) -> None:
-    settings = {"steps": 2, "scale": 2}
+    settings: dict[str, Any] = {"steps": 2, "scale": 2}
     pil = tiny_pipeline(noise(), output_type="pil", **settings).images[0]
     array = tiny_pipeline(noise(), output_type="np", **settings).images[0]
     assert isinstance(pil, PIL.Image.Image)
@@ -228,8 +231,12 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), BAD_CALLS, ids=[f"{next(iter(c))}-{k}" for k, (c, _) in enumerate(BAD_CALLS)])
-def test_bad_calls_get_one_clear_sentence(tiny_pipeline: RestorationPipeline, call: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "message"), BAD_CALLS, ids=[f"{next(iter(c))}-{k}" for k, (c, _) in enumerate(BAD_CALLS)]
+)
+def test_bad_calls_get_one_clear_sentence(
+    tiny_pipeline: RestorationPipeline, call: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(**{"image": noise(), "steps": 2, **call})
 

@@ -244,7 +244,7 @@ SETTINGS = '[{"preset": "faithful", "steps": 1, "guidance": {"beta": 0.5}}]'
 SUITES: dict[str, tuple[list[str], set[tuple[str, str]]]] = {
     "guided": (
         ["--limit", "1", "--steps", "2", "--only", "unguided", "projection", "--beta", "0.2"],
-        {("bicubic", ""), ("estimator", ""), ("unguided", "+residual"), ("pixel-inn", "projection")},
+        {("bicubic", ""), ("estimator", ""), ("unguided", ""), ("pixel-inn", "projection")},
     ),
     "presets": (["--limit", "1", "--only", "grain", "default"], {("preset", "default")}),
     "coarse": (
