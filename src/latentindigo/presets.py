@@ -61,8 +61,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "faithful": Preset(update="stopped", steps=4, strength=0.06, guidance=GuidanceConfig(zeta=3.0)),
-    "default": Preset(update="stopped", steps=6, strength=0.35),
-    "vivid": Preset(update="stopped", steps=8, strength=0.64),
+    "default": Preset(update="stopped", steps=6, strength=0.2),
+    "vivid": Preset(update="stopped", steps=8, strength=0.5),
 }
 
 
