@@ -162,7 +162,7 @@ def test_packaged_recipes_name_settings_that_their_objective_reads(part: str) ->
         "autoencoder": {"gradient_weight", "whitening"},
         "denoiser": {"base", "timestep_power"},
         "estimator": {"base", "damage_weight", "train_encoder"},
-        "pixel-inn": {"base", "inverse_weight"},
+        "pixel-inn": {"base", "detail_weight", "inverse_weight"},
         "latent-inn": {"base", "inverse_weight"},
     }
     assert set(load_recipe(part, None).objective) <= read[part]
