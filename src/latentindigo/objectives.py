@@ -92,7 +92,8 @@ class Objective(nn.Module):
         """Save the trained networks in half precision, in diffusers' format, below `folder`."""
         for name, network in self.networks.items():
             kind: Any = type(network)
-            half = kind.from_config(network.config)
+            # Where the weights were loaded from is no part of the model, and would tell the machine's paths.
+            half = kind.from_config({k: v for k, v in network.config.items() if k != "_name_or_path"})
             half.load_state_dict(network.state_dict())
             half.half().save_pretrained(folder / name, max_shard_size=SHARD)
 

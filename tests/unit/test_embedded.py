@@ -38,6 +38,12 @@ def test_weights_are_small_safetensors() -> None:
     assert max(path.stat().st_size for path in weights) <= 15 * MEGABYTE
 
 
+def test_configurations_name_no_path() -> None:
+    for path in EMBEDDED.rglob("*.json"):
+        if not path.name.endswith(".index.json"):
+            assert '"/' not in path.read_text(), path
+
+
 @pytest.mark.parametrize("levels", [0, 1, 2])
 def test_trained_networks_are_invertible(embedded: RestorationPipeline, photo: Tensor, levels: int) -> None:
     pixels = F.interpolate(photo, scale_factor=2, mode="bicubic", antialias=True).clamp(0, 1)
