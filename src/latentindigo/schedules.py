@@ -17,6 +17,7 @@ Every function that changes a scheduler changes the one it is given: pass a copy
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -114,6 +115,8 @@ def family_of(scheduler: Any) -> Family:
             f"expected a scheduler with one denoiser evaluation per step, got {name} with {scheduler.order}: guidance "
             f"would act on half a step; {way_out}"
         )
+    if name == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
+        raise ValueError(f"{name} integrates with scipy, which is not installed; pip install scipy, or {way_out}")
     family = next((_FAMILIES[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _FAMILIES), None)
     if family is None:
         raise ValueError(f"expected a scheduler whose coordinates are known, got {name}; {way_out}")
