@@ -52,7 +52,7 @@ def degrade(photo: Image.Image, damage: Damage, generator: np.random.Generator) 
 
 def main() -> None:
     """Write all photos."""
-    from skimage import data
+    from skimage import data  # pyright: ignore[reportMissingImports]  (needed by this script only)
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     for number, (name, damage) in enumerate(PHOTOS.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_trained_networks_are_invertible(embedded: RestorationPipeline, photo: T
     for dtype, bar in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         gamma = embedded.degradation_encoder(photo).to(dtype)
         for network, u in ((embedded.pixel_inn, pixels), (embedded.latent_inn, latents)):
-            copy = in_dtype(InvertibleNet.from_config(network.config), dtype)
+            copy = in_dtype(cast(InvertibleNet, InvertibleNet.from_config(network.config)), dtype)
             copy.load_state_dict({k: v.to(dtype) for k, v in network.state_dict().items()})
             with torch.no_grad():
                 coarse, details = copy(u.to(dtype), gamma, levels)
