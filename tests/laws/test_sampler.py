@@ -209,11 +209,13 @@ class GradientAnyway(LatentINN):
 
 @pytest.mark.parametrize("every_k", [1, 3])
 @pytest.mark.parametrize("update", RULES)
-@pytest.mark.parametrize("name", [*KINDS, "unguided"])
+@pytest.mark.parametrize("name", KINDS)
 def test_calls_are_those_of_the_table(name: str, update: Update, every_k: int) -> None:
-    if name == "unguided" and (update, every_k) != ("projection", 1):
-        pytest.skip("without guidance there is no rule to vary")
     check_calls(Setting(name, update, replace(STRONG, every_k=every_k)))
+
+
+def test_an_unguided_run_calls_the_denoiser_alone() -> None:
+    check_calls(Setting("unguided"))
 
 
 @pytest.mark.parametrize("update", RULES)
