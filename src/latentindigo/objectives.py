@@ -62,6 +62,8 @@ class Objective(nn.Module):
     """
 
     networks: dict[str, ModelMixin]
+    settings: frozenset[str]
+    """Names that the recipe's table [objective] may set."""
 
     def prepare(self, photos: PhotoFolder, seed: int) -> None:
         """Initialise weights from the data; the default leaves them as they are."""
@@ -104,7 +106,12 @@ class Objective(nn.Module):
             if not (folder / name).is_dir():
                 raise ValueError(f"expected weights of {name!r} in {folder}, found no such folder")
             saved = type(network).from_pretrained(folder / name)
-            network.load_state_dict(saved.state_dict())
+            try:
+                network.load_state_dict(saved.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the weights of {name!r} in {folder} do not fit the recipe's [model]; make the two agree: {error}"
+                ) from error
 
 
 def _frozen(network: nn.Module) -> Any:
@@ -144,6 +151,8 @@ def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 class AutoencoderObjective(Objective):
     """E and D: L1 on pixels and on forward differences, since an autoencoder loses sharpness first."""
 
+    settings = frozenset({"gradient_weight", "whitening"})
+
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
         self.vae = PatchAutoencoder(**model)
@@ -177,7 +186,9 @@ class AutoencoderObjective(Objective):
 
 
 class DenoiserObjective(Objective):
-    """The latent denoiser: v-prediction at uniformly drawn timesteps."""
+    """The latent denoiser: v-prediction at timesteps drawn as 999 u^timestep_power."""
+
+    settings = frozenset({"base", "timestep_power"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -244,6 +255,8 @@ class EstimatorObjective(Objective):
     `train_encoder = false` it stays that of `base`, so that an estimator can be trained on without retraining those.
     """
 
+    settings = frozenset({"base", "damage_weight", "train_encoder"})
+
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
         self.estimator = Estimator(**model)
@@ -294,6 +307,8 @@ def _damage_loss(encoder: DegradationEncoder, gamma: Tensor, damage: Tensor) -> 
 
 class PixelINNObjective(Objective):
     """The pixel INN; the degradation encoder F is frozen."""
+
+    settings = frozenset({"base", "detail_weight", "inverse_weight"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -346,6 +361,8 @@ class PixelINNObjective(Objective):
 
 class LatentINNObjective(Objective):
     """The latent INN: coarse part of z = E(x) against E(y), with E and F frozen."""
+
+    settings = frozenset({"base", "inverse_weight"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ from latentindigo.objectives import OBJECTIVES, Objective
 __all__ = ["PARTS", "TrainConfig", "load_recipe", "train"]
 
 PARTS = tuple(OBJECTIVES)
+
+
+# What a recipe may write for a field of each type; 1 is welcome as 1.0.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str | None": (str, type(None)),
+    "tuple[str, ...]": (tuple,),
+    "dict[str, Any]": (dict,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
+        known = OBJECTIVES[self.part].settings
+        unknown = sorted(set(self.objective) - known)
+        if unknown:
+            raise ValueError(
+                f"[objective] has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         for name in ("steps", "batch_size", "crop", "log_every", "save_every", "sample_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; mend the recipe")
@@ -133,9 +151,16 @@ def load_recipe(part: str, recipe: Path | None, overrides: dict[str, Any] | None
     if values.setdefault("part", part) != part:
         raise ValueError(f"{path} is a recipe for {values['part']!r}, not for {part!r}")
     values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    if "steps" not in values:
+        raise ValueError(f"{path} lacks the setting steps, the number of optimiser steps")
+    exclude = values.get("exclude", [])
+    values["exclude"] = tuple(exclude) if isinstance(exclude, (list, tuple)) else exclude
+    for name, kind in ((field.name, str(field.type)) for field in dataclasses.fields(TrainConfig)):
+        value, kinds = values.get(name), _KINDS[kind]
+        if name in values and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise ValueError(f"{path}: {name} must be of type {kind}, got {value!r}")
     if values.get("tune_file"):
         values["tune_file"] = str((path.parent / values["tune_file"]).resolve())
-    values["exclude"] = tuple(values.get("exclude", ()))
     return TrainConfig(**values)
 
 
@@ -168,10 +193,14 @@ class _Average:
                 self.weights[name] = live
 
 
+def _has_checkpoint(out: Path) -> bool:
+    return any((out / name).exists() for name in ("checkpoint", "checkpoint.old"))
+
+
 def _check_same_run(out: Path, config: TrainConfig) -> None:
     """Refuse to go on in a run folder whose samples or network were others; length and learning rate may change."""
     path = out / "settings.json"
-    if not path.is_file() or not (out / "checkpoint").exists():
+    if not path.is_file() or not _has_checkpoint(out):
         return
     before, now = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
     names = ("part", "batch_size", "crop", "seed", "min_scale", "exclude", "model", "objective")
@@ -194,8 +223,9 @@ def _save_checkpoint(
     moments = {f"{i}.{k}": torch.as_tensor(v).contiguous() for i, s in state.items() for k, v in s.items()}
     save_file(moments, fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(old, ignore_errors=True)
+    # Without `final` the old one is the only complete checkpoint (a kill between the renames): it goes last.
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(fresh, final)
     shutil.rmtree(old, ignore_errors=True)
@@ -224,6 +254,8 @@ def _load_checkpoint(out: Path, objective: Objective, optimizer: torch.optim.Opt
 
 def _draw_curves(log: Path, target: Path) -> None:
     """Plot every logged quantity against the step; needs matplotlib (the extra `train`)."""
+    if not log.exists():
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -276,11 +308,18 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}; choose a card with CUDA_VISIBLE_DEVICES")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for and this machine has none; use 'cpu'")
     _check_same_run(out, config)
-    if not resume and (out / "checkpoint").exists():
+    if not resume and _has_checkpoint(out):
         raise ValueError(f"{out} already holds a checkpoint; resume it or choose another folder with --out")
-    # DDP wraps `forward` only; every network of an objective is called inside the objective's forward.
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=device == "cpu")
+    # DDP wraps `forward` only; every network of an objective is called inside the objective's forward. A batch has one
+    # scale, and the weights of the other scales get no gradient from it.
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else "no",
+        cpu=device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     torch.manual_seed(config.seed)
     photos = PhotoFolder(
         data,
@@ -288,7 +327,10 @@ def train(
         exclude_file=Path(config.tune_file) if config.tune_file else None,
         min_side=min(config.crop, 160),
     )
-    objective = OBJECTIVES[part](config.model, config.objective)
+    try:
+        objective = OBJECTIVES[part](config.model, config.objective)
+    except TypeError as error:
+        raise ValueError(f"the recipe's [model] does not fit the part {part!r}: {error}") from error
     objective.prepare(photos, config.seed)
     if init_from is not None:
         objective.load_weights(init_from)
@@ -359,5 +401,12 @@ def _truncate_log(log: Path, step: int) -> None:
     """Drop log lines after the step that is resumed, so that the curve has one line per step."""
     if not log.exists():
         return
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except json.JSONDecodeError:  # A kill may have cut the last line short.
+            break
+        kept.append(line)
     log.write_text("".join(line + "\n" for line in kept))
