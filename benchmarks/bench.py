@@ -65,8 +65,13 @@ class Bench:
     def run(
         self, protocol: Protocol, pairs: Sequence[Pair], method: str, variant: str, restore: Callable[..., Restored]
     ) -> Result | None:
-        """Evaluate one method unless --only leaves it out; the result file is written anew after each."""
+        """Evaluate one method unless --only leaves it out or it was run; the file is written anew after each.
+
+        A suite of suites meets the same baselines several times; the second time gives None.
+        """
         name = f"{method} {variant}".strip()
+        if any((e["protocol"], e["method"], e["variant"]) == (protocol.name, method, variant) for e in self.summary):
+            return None
         baseline = method in ("bicubic", "estimator", "input")
         if self.args.only and not baseline and not any(part in name for part in self.args.only):
             return None

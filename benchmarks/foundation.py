@@ -1,6 +1,7 @@
-"""Benchmarks of the embedded model: guided, presets, coarse, nonblind, real, tune, probe.
+"""Benchmarks of the embedded model, by suite: guided, presets, coarse, nonblind, real, tune, probe, and others.
 
-    python benchmarks/foundation.py guided                 # all of val
+    python benchmarks/foundation.py embedded               # everything that has a bar, all of val
+    python benchmarks/foundation.py guided                 # two methods x three update rules
     python benchmarks/foundation.py presets --limit 4      # a quick look
     python benchmarks/foundation.py tune --settings '[{"preset": "default"}, {"preset": "default", "strength": 0.3}]'
 
@@ -24,6 +25,7 @@ from typing import Any
 import PIL.Image
 import torch
 from bench import ROOT, Bench, entry_of, say
+from embedded import autoencoder, calibration, refinement, show_bars
 from methods import bicubic, estimator_alone, grain, matched, pipeline, unsharp
 from networks import coarse, probe
 from torch import Tensor
@@ -32,8 +34,10 @@ from latentindigo.data import sample_generator
 from latentindigo.degradations import STANDARD
 from latentindigo.evaluation import (
     METRICS,
+    Pair,
     Protocol,
     Restored,
+    Result,
     Row,
     bootstrap_interval,
     make_row,
@@ -57,11 +61,10 @@ def guided(bench: Bench) -> Sequence[str]:
     """Both methods x three update rules against the unguided run of the same start, steps and seeds."""
     args, pipe, protocol = bench.args, bench.pipe, Protocol("medium", "medium", 4, "val")
     pairs = bench.pairs(protocol)
-    bench.run(protocol, pairs, "bicubic", "", bicubic(4))
-    bench.run(protocol, pairs, "estimator", "", estimator_alone(pipe, 4))
+    baselines(bench, protocol, pairs)
     zetas = {"latent-inn": args.zeta_latent, "pixel-inn": args.zeta_pixel}
-    # residual=0: what the sampling gives, without the part of the start image that is added back at the end.
-    start = {"init": "estimator", "strength": STRENGTH, "steps": args.steps, "residual": 0.0}
+    # residual=0, texture=1: what the sampling gives, with nothing of the start image mixed in at the end.
+    start = {"init": "estimator", "strength": STRENGTH, "steps": args.steps, "residual": 0.0, "texture": 1.0}
     unguided = ("unguided", "")
     bench.run(protocol, pairs, *unguided, pipeline(pipe, 4, method="unguided", **start))
     for method, zeta in zetas.items():
@@ -70,10 +73,16 @@ def guided(bench: Bench) -> Sequence[str]:
             settings = {"method": method, "update": update, "guidance": guidance, **start}
             bench.run(protocol, pairs, method, update, pipeline(pipe, 4, **settings))
             bench.difference(protocol.name, (method, update), unguided, "unguided")
-    for preset in ("faithful", "default", "vivid"):
-        bench.run(protocol, pairs, "preset", preset, pipeline(pipe, 4, preset=preset))
-        bench.difference(protocol.name, ("preset", preset), unguided, "unguided")
     return _against_baselines(bench, (*COLUMNS, "psnr_minus_unguided"))
+
+
+def baselines(bench: Bench, protocol: Protocol, pairs: Sequence[Pair]) -> tuple[Result | None, Result | None]:
+    """Bicubic and the stage-one estimate alone."""
+    scale = protocol.scale
+    return (
+        bench.run(protocol, pairs, "bicubic", "", bicubic(scale)),
+        bench.run(protocol, pairs, "estimator", "", estimator_alone(bench.pipe, scale)),
+    )
 
 
 def _against_baselines(bench: Bench, columns: Sequence[str]) -> Sequence[str]:
@@ -85,17 +94,16 @@ def _against_baselines(bench: Bench, columns: Sequence[str]) -> Sequence[str]:
 
 
 def presets(bench: Bench) -> Sequence[str]:
-    """The presets and their controls on the standard degradations."""
+    """The presets on the standard degradations, at scale 4 beside their controls and medium in 50 steps."""
     for name in ("mild", "medium", "severe", "random", "noise15", "jpeg15", "blur1.5-noise5"):
         scale = STANDARD[name].scale
         protocol = Protocol(name, name, scale, "val")
         pairs = bench.pairs(protocol)
         clean = [pair.clean for pair in pairs]
-        plain = bench.run(protocol, pairs, "bicubic", "", bicubic(scale))
-        stage_one = bench.run(protocol, pairs, "estimator", "", estimator_alone(bench.pipe, scale))
+        plain, stage_one = baselines(bench, protocol, pairs)
         for preset in ("faithful", "default", "vivid"):
             ran = bench.run(protocol, pairs, "preset", preset, pipeline(bench.pipe, scale, preset=preset))
-            if preset == "faithful" or ran is None or plain is None or stage_one is None:
+            if preset == "faithful" or scale == 1 or ran is None or plain is None or stage_one is None:
                 continue
             # Each control gets the preset's gradient energy: what it costs to be as rough without knowing anything.
             energy = bench.summary[-1]["gradient_energy"]["mean"]
@@ -106,6 +114,10 @@ def presets(bench: Bench) -> Sequence[str]:
             ):
                 control_of = matched(base.images, clean, energy, control, scale)
                 bench.run(protocol, pairs, label, f"as rough as {preset}", control_of)
+        if name == "medium":
+            many = pipeline(bench.pipe, scale, preset="default", steps=50)
+            bench.run(protocol, pairs, "preset", "default, 50 steps", many)
+            bench.difference(name, ("preset", "default"), ("preset", "default, 50 steps"), "50 steps")
     return _against_baselines(bench, COLUMNS)
 
 
@@ -117,14 +129,22 @@ def tune(bench: Bench) -> Sequence[str]:
         scale = STANDARD[name].scale
         protocol = Protocol(f"tune-{name}", name, scale, "tune", crop=256)
         pairs = bench.pairs(protocol)
-        bench.run(protocol, pairs, "bicubic", "", bicubic(scale))
-        bench.run(protocol, pairs, "estimator", "", estimator_alone(bench.pipe, scale))
+        baselines(bench, protocol, pairs)
         for settings in sweep:
             label = json.dumps(settings, sort_keys=True).replace('"', "").strip("{}")
             guidance = bench.guidance(settings.get("preset", "default"), **settings.get("guidance", {}))
             restore = pipeline(bench.pipe, scale, **{**settings, "guidance": guidance})
             bench.run(protocol, pairs, "setting", label, restore)
     return _against_baselines(bench, COLUMNS)
+
+
+def embedded(bench: Bench) -> Sequence[str]:
+    """Everything that the embedded model has a bar for, in one run and one file."""
+    presets(bench)
+    for suite in (guided, autoencoder, coarse, probe, refinement, calibration):
+        suite(bench)
+    show_bars(bench)
+    return _against_baselines(bench, (*COLUMNS, "psnr_minus_unguided"))
 
 
 # ----------------------------------------------------------------------------------------------------------- non-blind
@@ -257,7 +277,10 @@ def _contact_sheet(names: Sequence[str], folder: Path, keep: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-SUITES = {suite.__name__: suite for suite in (guided, presets, coarse, nonblind, real, tune, probe)}
+SUITES: dict[str, Callable[[Bench], Sequence[str]]] = {
+    suite.__name__: suite
+    for suite in (embedded, guided, presets, autoencoder, coarse, probe, refinement, calibration, nonblind, real, tune)
+}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,11 +301,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parts = {
         n: suites.add_parser(n, parents=[common], help=(f.__doc__ or "").split("\n")[0]) for n, f in SUITES.items()
     }
-    parts["guided"].add_argument("--zeta-latent", type=float, help="zeta of latent-inn, else the preset's")
-    parts["guided"].add_argument("--zeta-pixel", type=float, help="zeta of pixel-inn, else the preset's")
-    parts["guided"].add_argument("--beta", type=float, help="beta of the projections, else the preset's")
-    parts["guided"].add_argument("--steps", type=int, default=10)
-    parts["coarse"].add_argument("--fit-images", type=int, default=256, help="training images for the linear map")
+    for name in ("guided", "embedded"):
+        parts[name].add_argument("--zeta-latent", type=float, help="zeta of latent-inn, else the preset's")
+        parts[name].add_argument("--zeta-pixel", type=float, help="zeta of pixel-inn, else the preset's")
+        parts[name].add_argument("--beta", type=float, help="beta of the projections, else the preset's")
+        parts[name].add_argument("--steps", type=int, default=10)
+    for name in ("coarse", "embedded"):
+        parts[name].add_argument("--fit-images", type=int, default=256, help="training images for the linear map")
     parts["real"].add_argument("--keep", type=Path, required=True, help="folder for outputs, outside the checkout")
     parts["real"].add_argument("--preset", default="default")
     parts["tune"].add_argument("--settings", required=True, help="JSON list of call arguments, or @file")

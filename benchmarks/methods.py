@@ -42,14 +42,15 @@ def bicubic(scale: int) -> Restore:
 
 def estimator_alone(pipe: RestorationPipeline, scale: int) -> Restore:
     """The stage-one estimate without any sampling; scale 1, 2 or 4."""
-    estimator = pipe.estimator
+    estimator, encoder = pipe.estimator, pipe.degradation_encoder
 
     @torch.no_grad()
     def restore(images: list[Tensor], seeds: list[int]) -> Restored:
         outputs: list[Tensor] = []
         for y in images:
-            y = y[None].to(estimator.device, estimator.dtype)
-            outputs.append(estimator(y, pipe.degradation_encoder(y), round(math.log2(scale)))[0])
+            y = y[None].to(estimator.device)
+            gamma = encoder(y.to(encoder.dtype)).to(estimator.dtype)
+            outputs.append(estimator(y, gamma, round(math.log2(scale)))[0])
         return Restored([x.float().clamp(0, 1).cpu() for x in outputs])
 
     return restore

@@ -12,7 +12,7 @@ from bench import Bench, entry_of
 from torch import Tensor
 
 from latentindigo.data import sample_generator
-from latentindigo.degradations import apply, degrade, draw_simple, draw_training
+from latentindigo.degradations import Degradation, StandardDegradation, apply, degrade, draw_training
 from latentindigo.evaluation import (
     Interval,
     Pair,
@@ -119,7 +119,12 @@ def _round_trips(bench: Bench, protocol: Protocol, pairs: Sequence[Pair]) -> Non
 def probe(bench: Bench) -> Sequence[str]:
     """What gamma knows: a linear probe of blur, noise and JPEG, and the error of the encoder's own estimate."""
     columns = [f"{kind}_{name}" for kind in ("r2", "mae") for name in DAMAGE]
-    for variant, draw in (("classical", draw_simple), ("training mixture", draw_training)):
+    draws_by_name = {
+        "joint": lambda generator, scale: _draw_all(generator, scale, 30.0, (30, 95)),
+        "blur alone": lambda generator, scale: _draw_all(generator, scale, 5.0, (90, 100)),
+        "training mixture": draw_training,
+    }
+    for variant, draw in draws_by_name.items():
         fit = Protocol(f"probe-fit-{variant}", variant, 4, "tune", seed=1, crop=256)
         held = Protocol(f"probe-{variant}", variant, 4, "val", seed=2)
         embedded = [_embed(bench, p, draw, draws) for p, draws in ((fit, 12), (held, 4))]
@@ -145,6 +150,14 @@ def probe(bench: Bench) -> Sequence[str]:
                 intervals[f"mae_{name}"] = bootstrap_interval(error.tolist())
             bench.add(rows, entry_of(rows[0], **intervals))
     return columns
+
+
+def _draw_all(generator: torch.Generator, scale: int, noise: float, quality: tuple[int, int]) -> Degradation:
+    """Blur U[0.2, 3], noise U[0, `noise`]/255 and JPEG of a quality in `quality`, all three on."""
+    blur, level = torch.rand(2, generator=generator).tolist()
+    chosen = int(torch.randint(quality[0], quality[1] + 1, (), generator=generator))
+    named = StandardDegradation("probe", scale, blur=0.2 + 2.8 * blur, noise=noise * level, quality=chosen)
+    return named.params(generator)
 
 
 def _r2(samples: Tensor) -> Tensor:

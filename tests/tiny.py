@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from latentindigo.autoencoder import PatchAutoencoder
@@ -56,10 +57,21 @@ def tiny_pipeline(seed: int = 0) -> RestorationPipeline:
         "degradation_encoder": DegradationEncoder(gamma_dim=GAMMA_DIM, width=4),
         "pixel_inn": InvertibleNet(gamma_dim=GAMMA_DIM, hidden=4, blocks=1, num_steps=1),
         "latent_inn": InvertibleNet(
-            channels=LATENT_CHANNELS, gamma_dim=GAMMA_DIM, hidden=4, blocks=1, num_steps=1, offset=0.0
+            channels=LATENT_CHANNELS,
+            gamma_dim=GAMMA_DIM,
+            hidden=4,
+            blocks=1,
+            num_steps=1,
+            offset=0.0,
+            mix=True,
+            gain=True,
+            spread=True,
         ),
     }
     for index, network in enumerate(networks.values()):
         # Small enough that a stack of random layers keeps pixels near [0, 1], large enough that every part matters.
         randomise_(network, seed + index, scale=0.5)
+    # A random matrix may be nearly singular; a rotation with gains is as invertible as a trained mix.
+    mix = networks["latent_inn"].band_mix.matrix
+    mix.data = torch.linalg.qr(mix.detach()).Q * torch.linspace(0.7, 1.4, len(mix))
     return RestorationPipeline(scheduler=scheduler, **networks)

@@ -40,6 +40,7 @@ __all__ = [
     "LinearForward",
     "PixelINN",
     "Regulariser",
+    "draw_noise",
     "make_regulariser",
     "trusted_target",
 ]
@@ -71,7 +72,7 @@ class GuidanceConfig:
     w_c: float = 1.0
     w_d: float = 0.5
     zeta: float = 20.0
-    beta: float = 0.3
+    beta: float = 0.8
     noise_weight: float = 0.0
     shrink: float = 6.0
     every_k: int = 1

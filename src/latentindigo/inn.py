@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentindigo.lifting import ConditionedBlocks, LiftingStep, conv3x3, lift, unlift
+from latentindigo.lifting import (
+    BandMix,
+    CoarseGain,
+    ConditionedBlocks,
+    ConditionedConvNet,
+    LiftingStep,
+    conv3x3,
+    lift,
+    unlift,
+)
 
 __all__ = ["DegradationEncoder", "DegradationEstimate", "Estimator", "InvertibleNet"]
 
@@ -28,6 +37,7 @@ _JPEG_UNIT = 1.0
 
 _ESTIMATOR_LEVELS = (0, 1, 2)
 _SMALLEST_ENCODER_INPUT = 8
+_STATISTICS = 5  # What `_pooled` gives for each channel.
 
 
 class InvertibleNet(ModelMixin, ConfigMixin):
@@ -44,6 +54,9 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         haar: Put a fixed Haar step before the learned ones.
         offset: Centre of the input range, taken off before the split and given back to the coarse part: 0.5 for
             pixels in [0, 1], 0 for latents. It keeps the networks' inputs centred; it changes no band of a wavelet.
+        mix: Give every decimated level a learned linear map of its bands, for latents.
+        gain: Give the coarse part a gain per channel that depends on gamma, for latents.
+        spread: Also learn how far the latent of an estimate lies from the true one, see :meth:`spread`.
     """
 
     @register_to_config
@@ -56,11 +69,17 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         num_steps: int = 3,
         haar: bool = True,
         offset: float = 0.5,
+        mix: bool = False,
+        gain: bool = False,
+        spread: bool = False,
     ) -> None:
         super().__init__()
         if min(channels, num_steps) < 1:
             raise ValueError(f"channels and num_steps must be at least 1, got {channels} and {num_steps}")
         self.steps = nn.ModuleList(LiftingStep(channels, hidden, blocks, gamma_dim) for _ in range(num_steps))
+        self.band_mix = BandMix(channels) if mix else None
+        self.coarse_gain = CoarseGain(channels, gamma_dim) if gain else None
+        self.detail_spread = ConditionedConvNet(channels, channels, hidden, blocks, gamma_dim) if spread else None
 
     def forward(
         self, x: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"], levels: int = 2
@@ -80,7 +99,8 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """
         self._check(x, gamma)
         offset: float = self.config["offset"]
-        x_c, x_d = lift(x - offset if offset else x, self._steps(), gamma, levels, self.config["haar"])
+        centred = x - offset if offset else x
+        x_c, x_d = lift(centred, self._steps(), gamma, levels, self.config["haar"], self.band_mix, self.coarse_gain)
         return (x_c + offset if offset else x_c), x_d
 
     def inverse(
@@ -106,8 +126,35 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """
         self._check(x_c, gamma)
         offset: float = self.config["offset"]
-        x = unlift(x_c - offset if offset else x_c, x_d, self._steps(), gamma, levels, self.config["haar"])
+        centred = x_c - offset if offset else x_c
+        x = unlift(centred, x_d, self._steps(), gamma, levels, self.config["haar"], self.band_mix, self.coarse_gain)
         return x + offset if offset else x
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether :meth:`spread` can be called."""
+        return self.detail_spread is not None
+
+    def spread(self, z: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"]) -> Float[Tensor, "b c h w"]:
+        """Tell how far the latent of a stage-one estimate lies from that of the clean image *(ours)*.
+
+        A second small network, apart from g: the standard deviation of z - z_true for each coefficient, given z and
+        gamma. It is what the damage has taken away and a regression cannot give back.
+
+        Args:
+            z: Latent of the estimate (B, C, h, w).
+            gamma: Degradation embedding (B, d), or (1, d) for the whole batch.
+
+        Returns:
+            Standard deviations (B, C, h, w), between exp(-5) and exp(1), in units of the latent.
+
+        Raises:
+            ValueError: If the network was made without it, or the channels or gamma do not fit.
+        """
+        self._check(z, gamma)
+        if self.detail_spread is None:
+            raise ValueError("this network was made without a spread; use one whose config says spread = true")
+        return self.detail_spread(z, gamma).to(z.dtype).clamp(-5, 1).exp()
 
     def _steps(self) -> list[LiftingStep]:
         return cast("list[LiftingStep]", list(self.steps))
@@ -139,8 +186,9 @@ class DegradationEstimate:
 class DegradationEncoder(ModelMixin, ConfigMixin):
     """The degradation encoder F: a degraded image of any size -> gamma.
 
-    Means and standard deviations of the features of all three scales are pooled over the whole image: noise and
-    compression show in the fine ones, blur in how the three compare.
+    Statistics of the features of three scales are pooled over the whole image (`_pooled`): noise and compression show
+    in the fine ones, blur in how the three compare. Beside them stands how much the steps between neighbouring pixels
+    depend on their place in blocks of eight (`_blockiness`), JPEG's own mark.
 
     Args:
         gamma_dim: Length d of the degradation embedding.
@@ -167,7 +215,7 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
             previous = current
         hidden = 2 * gamma_dim
         self.mlp = nn.Sequential(
-            nn.Linear(2 * sum(widths), hidden),
+            nn.Linear(_STATISTICS * sum(widths) + 16, hidden),
             nn.ReLU(),
             nn.Linear(hidden, gamma_dim),
             # A bounded embedding: an unusually damaged image cannot drive the networks it conditions out of range.
@@ -194,13 +242,11 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         dtype = self.head.weight.dtype
         h = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT)) - 0.5
         h = h.to(dtype=dtype, memory_format=torch.channels_last)
-        statistics: list[Tensor] = []
+        statistics = [_blockiness(y)]
         for stage in self.stages:
             h = stage(h)
             # Pooled in float32: bfloat16 would lose the small variances that tell noise levels apart.
-            features = h if h.dtype == torch.float64 else h.float()
-            variance, mean = torch.var_mean(features, dim=(-2, -1), correction=0)
-            statistics += [mean, (variance + 1e-6).sqrt()]
+            statistics += _pooled(h if h.dtype == torch.float64 else h.float())
         return self.mlp(torch.cat(statistics, dim=1).to(dtype))
 
     def estimate(self, gamma: Float[Tensor, "b d"]) -> DegradationEstimate:
@@ -221,11 +267,52 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         return DegradationEstimate(blur=blur, noise=noise, jpeg=jpeg)
 
 
+def _pooled(features: Tensor) -> list[Tensor]:
+    """Mean, deviation and three logarithms of energies, each (B, C), of features (B, C, H, W).
+
+    Blur is a ratio between energies of different frequencies, and a network of rectifiers does not divide: logarithms
+    turn ratios into differences. The energy of the whole image is that of its strongest edges; the mean logarithm over
+    small cells lets every place count alike, and the harmonic mean over cells is that of the flattest places, where
+    nothing but noise is left.
+    """
+    variance, mean = torch.var_mean(features, dim=(-2, -1), correction=0)
+    cell = [min(4, side) for side in features.shape[-2:]]
+    energy = F.avg_pool2d(features.square(), cell) + 1e-5
+    logarithms = (variance + 1e-6).log(), energy.log().mean((-2, -1)), -energy.reciprocal().mean((-2, -1)).log()
+    # Logarithms of energies lie between about -11 and 1: brought to the size of the other statistics.
+    return [mean, (variance + 1e-6).sqrt(), *(0.25 * (value + 5) for value in logarithms)]
+
+
+def _blockiness(y: Tensor) -> Tensor:
+    """How the mean step between neighbouring pixels differs among the 8 places in a block, (B, 16).
+
+    Logarithms less their mean, for columns and rows, in falling order: where the grid of blocks begins does not matter.
+    Zero for images of fewer than 9 pixels.
+    """
+    grey = y.mean(1)
+    found: list[Tensor] = []
+    for image in (grey, grey.transpose(-2, -1)):
+        steps = image.diff(dim=-1).abs().mean(-2)
+        whole = steps.shape[-1] // 8 * 8
+        if not whole:
+            found.append(steps.new_zeros(len(steps), 8))
+            continue
+        places = (steps[:, :whole].unflatten(-1, (-1, 8)).mean(1) + 1e-3).log()
+        found.append((places - places.mean(-1, keepdim=True)).sort(dim=-1, descending=True).values)
+    return 4 * torch.cat(found, dim=1)
+
+
 class Estimator(ModelMixin, ConfigMixin):
     """The stage-one estimate: a small regression network that sampling can start from.
 
     Its body always runs at a quarter of the output size, whatever the scale, so that one body serves x1, x2 and x4 at
-    the same cost per output pixel. Its last convolution starts at zero: untrained, it is a bicubic enlargement.
+    the same cost per output pixel. The 4x4 pixels of a cell are the last convolution's 48 channels, without a
+    nonlinearity behind the body: with a width of at least 48 nothing of a same-size image has to be squeezed through
+    rectifiers, which would keep the network from removing white noise. That convolution starts at zero: untrained, the
+    network is a bicubic enlargement.
+
+    Cells are read and written as DCT coefficients (`_cell_basis`), fine ones amplified. Raw pixels of a cell are nearly
+    equal, and the faint differences between them, where noise and detail are, would be learned last.
 
     Args:
         width: Channels of the body.
@@ -234,25 +321,20 @@ class Estimator(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, width: int = 64, blocks: int = 8, gamma_dim: int = 64) -> None:
+    def __init__(self, width: int = 96, blocks: int = 8, gamma_dim: int = 64) -> None:
         super().__init__()
-        if width % 4:
-            raise ValueError(f"a width that is a multiple of 4 expected, got {width}")
         # One input convolution per number of levels, for the 48, 12 or 3 channels that pixel-unshuffling leaves.
-        self.inputs = nn.ModuleList(conv3x3(3 * 4 ** (2 - levels), width) for levels in _ESTIMATOR_LEVELS)
-        self.body = ConditionedBlocks(width, blocks, gamma_dim)
-        self.up = nn.Sequential(
-            conv3x3(width, 2 * width),
-            nn.PixelShuffle(2),
-            nn.ReLU(),
-            conv3x3(width // 2, width),
-            nn.PixelShuffle(2),
-            nn.ReLU(),
+        border: Literal["zeros"] = "zeros"
+        self.inputs = nn.ModuleList(
+            conv3x3(3 * 4 ** (2 - levels), width, padding_mode=border) for levels in _ESTIMATOR_LEVELS
         )
-        self.tail = conv3x3(width // 4, 3)
+        self.body = ConditionedBlocks(width, blocks, gamma_dim, border)
+        self.tail = conv3x3(width, 48, padding_mode=border)
         nn.init.zeros_(self.tail.weight)
         if self.tail.bias is not None:
             nn.init.zeros_(self.tail.bias)
+        for block in (2, 4):
+            self.register_buffer(f"cells_{block}", _cell_basis(block), persistent=False)
 
     def forward(
         self, y: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"], levels: int = 2
@@ -281,11 +363,35 @@ class Estimator(ModelMixin, ConfigMixin):
 
         block = 2 ** (2 - levels)
         h = _pad_to(y, -(-height // block) * block, -(-width // block) * block)
-        h = F.pixel_unshuffle(h - 0.5, block) if block > 1 else h - 0.5
+        h = h - 0.5
+        if block > 1:
+            h = F.conv2d(F.pixel_unshuffle(h, block), _amplified(self.get_buffer(f"cells_{block}")).to(h.dtype))
         h = self.inputs[levels](h.to(dtype=dtype, memory_format=torch.channels_last))
         h = self.body(h, gamma.to(dtype))
-        residual = self.tail(self.up(h))
+        coefficients = self.tail(h)
+        basis = self.get_buffer("cells_4").to(coefficients.dtype)
+        residual = F.pixel_shuffle(F.conv_transpose2d(0.25 * coefficients, basis), 4)
         return base + residual[..., : size[0], : size[1]].to(base.dtype)
+
+
+def _cell_basis(block: int) -> Tensor:
+    """Orthonormal DCT of the block x block pixels of a cell, colour by colour, as a 1x1 kernel (n, n, 1, 1).
+
+    Channels in: colour, row, column, as pixel-unshuffling leaves them. Channels out: colour, vertical and horizontal
+    frequency.
+    """
+    place = torch.arange(block, dtype=torch.float64)
+    waves = torch.cos(torch.pi / block * (place[None] + 0.5) * place[:, None]) * (2 / block) ** 0.5
+    waves[0] /= 2**0.5
+    return torch.kron(torch.eye(3, dtype=torch.float64), torch.kron(waves, waves)).float()[:, :, None, None]
+
+
+def _amplified(basis: Tensor) -> Tensor:
+    """The basis with means as means and every other coefficient four times as strong: about one size for all."""
+    cell = len(basis) // 3
+    gain = basis.new_full((len(basis), 1, 1, 1), 4.0)
+    gain[::cell] = cell**-0.5
+    return basis * gain
 
 
 def _pad_to(x: Tensor, height: int, width: int) -> Tensor:

@@ -13,12 +13,16 @@ Two kinds of split share the same lifting steps:
 * decimated (levels >= 1): J levels halve the size J times; the transform is a bijection.
 * undecimated (levels = 0): the four bands keep the size of the image. Redundant, so ``unlift(lift(x)) = x`` holds and
   ``lift(unlift(c, d)) = (c, d)`` does not.
+
+Two optional parts complete the scheme where the channels are the coefficients of a latent and not colours: a *band mix*
+before the lifting steps of each decimated level, and a *coarse gain* after all levels (the scaling step that closes a
+classical lifting scheme, here a function of gamma).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 __all__ = [
+    "BandMix",
+    "CoarseGain",
     "ConditionedBlocks",
     "ConditionedConvNet",
     "LiftingStep",
@@ -39,6 +45,9 @@ __all__ = [
     "undecimated_split",
     "unlift",
 ]
+
+
+Padding = Literal["replicate", "zeros"]
 
 
 # --------------------------------------------------------------------------------------------------------- splits
@@ -216,18 +225,19 @@ def _check_bands(c: Tensor, d: Tensor) -> None:
 # ------------------------------------------------------------------------------------------- predict and update nets
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding_mode: Padding = "replicate") -> nn.Conv2d:
     """Build the 3x3 convolution used everywhere here: replicated borders, so a flat image stays flat.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Step between output pixels.
+        padding_mode: "replicate", or "zeros", which costs a third less time and lets a network see where borders are.
 
     Returns:
         A convolution that keeps the size (divided by ``stride``, rounded up).
     """
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, padding_mode="replicate")
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, padding_mode=padding_mode)
     # He's initialisation keeps the size of features from layer to layer. PyTorch's default shrinks them by 2.4 per
     # convolution and ReLU, and these nets, which have no normalisation, then learn several times more slowly.
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -243,14 +253,15 @@ class ConditionedBlocks(nn.Module):
         width: Channels.
         blocks: Number of residual blocks, at least 1.
         gamma_dim: Length d of the degradation embedding.
+        padding_mode: See :func:`conv3x3`.
     """
 
-    def __init__(self, width: int, blocks: int, gamma_dim: int) -> None:
+    def __init__(self, width: int, blocks: int, gamma_dim: int, padding_mode: Padding = "replicate") -> None:
         super().__init__()
         if min(width, blocks, gamma_dim) < 1:
             raise ValueError(f"width, blocks and gamma_dim must be at least 1, got {width}, {blocks} and {gamma_dim}")
-        self.first = nn.ModuleList(conv3x3(width, width) for _ in range(blocks))
-        self.second = nn.ModuleList(conv3x3(width, width) for _ in range(blocks))
+        self.first = nn.ModuleList(conv3x3(width, width, padding_mode=padding_mode) for _ in range(blocks))
+        self.second = nn.ModuleList(conv3x3(width, width, padding_mode=padding_mode) for _ in range(blocks))
         with torch.no_grad():
             for conv in self.second:
                 # Residuals start small, or a stack of blocks would double the features' variance in each.
@@ -378,6 +389,111 @@ class LiftingStep(nn.Module):
         return c, d
 
 
+class BandMix(nn.Module):
+    """A learned invertible linear map of the 4C bands at each position, ``[c, d] <- M [c, d]`` *(ours)*.
+
+    Channel k of a coarse latent is not the mean of channel k of the fine one: a patch of the small image holds four
+    patches of the large one, so that its coefficients mix all channels of all bands. One matrix says that nearly
+    exactly, and lifting steps alone would need many to say it. It starts as the identity.
+
+    ==================  ====================================
+    ``matrix``          M (4C, 4C), of full rank
+    ==================  ====================================
+
+    Args:
+        channels: Channels C of the latent; the details have 3C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(4 * channels))
+
+    def forward(
+        self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
+        """Apply M.
+
+        Args:
+            c: Coarse part (B, C, h, w).
+            d: Details (B, 3C, h, w).
+
+        Returns:
+            The new ``c`` and ``d``.
+        """
+        return self._multiply(self.matrix, c, d)
+
+    def inverse(
+        self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
+        """Apply M^-1, computed in double precision.
+
+        Args:
+            c: Coarse part (B, C, h, w).
+            d: Details (B, 3C, h, w).
+
+        Returns:
+            The ``c`` and ``d`` before :meth:`forward`.
+        """
+        return self._multiply(torch.linalg.inv(self.matrix.double()), c, d)
+
+    @staticmethod
+    def _multiply(matrix: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        # In the dtype of the image even under autocast: what is rounded to bfloat16 could not be undone.
+        with torch.autocast(c.device.type, enabled=False):
+            bands = F.conv2d(torch.cat((c, d), dim=1), matrix.to(c.dtype)[:, :, None, None])
+        return bands[:, : c.shape[1]], bands[:, c.shape[1] :]
+
+
+class CoarseGain(nn.Module):
+    """A gain on each channel of the coarse part, ``c <- c exp(a(gamma))`` *(ours; scaling step of a lifting scheme)*.
+
+    Blur weakens the fine coefficients of y's latent and leaves the others: a gain for each channel that depends on the
+    damage. |a| stays below ``limit``, so that the inverse amplifies noise at most by exp(limit). It starts at 1.
+
+    Args:
+        channels: Channels C of the latent.
+        gamma_dim: Length d of the degradation embedding.
+        limit: Largest logarithm of the gain.
+    """
+
+    def __init__(self, channels: int, gamma_dim: int = 64, limit: float = 2.0) -> None:
+        super().__init__()
+        last = nn.Linear(gamma_dim, channels)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.logarithm = nn.Sequential(nn.Linear(gamma_dim, gamma_dim), nn.ReLU(), last)
+        self.limit = limit
+
+    def forward(self, c: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b g"]) -> Float[Tensor, "b c h w"]:
+        """Apply the gain.
+
+        Args:
+            c: Coarse part (B, C, h, w).
+            gamma: Degradation embedding (B, d), or (1, d) for the whole batch.
+
+        Returns:
+            The new ``c``.
+        """
+        return c * self._log_gain(c, gamma).exp()
+
+    def inverse(self, c: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b g"]) -> Float[Tensor, "b c h w"]:
+        """Take the gain off again.
+
+        Args:
+            c: Coarse part (B, C, h, w).
+            gamma: The same degradation embedding.
+
+        Returns:
+            The ``c`` before :meth:`forward`.
+        """
+        return c * (-self._log_gain(c, gamma)).exp()
+
+    def _log_gain(self, c: Tensor, gamma: Tensor) -> Tensor:
+        dtype = next(self.logarithm.parameters()).dtype
+        raw = self.logarithm(gamma.to(dtype)).to(c.dtype)
+        return (self.limit * torch.tanh(raw))[:, :, None, None]
+
+
 # ---------------------------------------------------------------------------------------------------- the transform
 
 
@@ -387,6 +503,8 @@ def lift(
     gamma: Float[Tensor, "#b g"],
     levels: int,
     haar: bool = True,
+    mix: BandMix | None = None,
+    gain: CoarseGain | None = None,
 ) -> tuple[Float[Tensor, "b c hc wc"], tuple[Tensor, ...]]:
     """Transform an image into coarse part and details (*the invertible network*, g).
 
@@ -406,6 +524,8 @@ def lift(
         levels: Number of levels J >= 0; 0 is the undecimated split.
         haar: Put the fixed Haar step before the learned ones. Without it a decimated coarse part starts as an aliased
             subsampling; the undecimated split is always Haar.
+        mix: Band mix of every decimated level; the undecimated split, whose bands overlap, has none.
+        gain: Gain on the final coarse part.
 
     Returns:
         ``x_c`` (B, C, H/2^J, W/2^J) and ``x_d``, a tuple from the finest level to the coarsest with J tensors
@@ -426,17 +546,19 @@ def lift(
         c, d = undecimated_split(x)
         for step in steps:
             c, d = step(c, d, gamma)
-        return c, (d,)
+        return (c if gain is None else gain(c, gamma)), (d,)
     c = x
     details: list[Tensor] = []
     for _ in range(levels):
         c, d = lazy_split(c)
         if haar:
             c, d = haar_lift(c, d)
+        if mix is not None:
+            c, d = mix(c, d)
         for step in steps:
             c, d = step(c, d, gamma)
         details.append(d)
-    return c, tuple(details)
+    return (c if gain is None else gain(c, gamma)), tuple(details)
 
 
 def unlift(
@@ -446,6 +568,8 @@ def unlift(
     gamma: Float[Tensor, "#b g"],
     levels: int,
     haar: bool = True,
+    mix: BandMix | None = None,
+    gain: CoarseGain | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Put coarse part and details together again (*the inverse network*, g^-1).
 
@@ -456,6 +580,8 @@ def unlift(
         gamma: The same degradation embedding.
         levels: Number of levels J >= 0; 0 is the undecimated split.
         haar: As given to :func:`lift`.
+        mix: As given to :func:`lift`.
+        gain: As given to :func:`lift`.
 
     Returns:
         Image (B, C, h * 2^J, w * 2^J).
@@ -470,13 +596,15 @@ def unlift(
             "use the number of levels of the forward transform"
         )
     backwards = list(steps)[::-1]
-    c = x_c
+    c = x_c if gain is None else gain.inverse(x_c, gamma)
     for d in reversed(x_d):
         _check_bands(c, d)
         for step in backwards:
             c, d = step.inverse(c, d, gamma)
         if levels == 0:
             return undecimated_merge(c, d)
+        if mix is not None:
+            c, d = mix.inverse(c, d)
         if haar:
             c, d = haar_unlift(c, d)
         c = lazy_merge(c, d)

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | autoencoder | E, D | L1(D(E(x)), x) + L1 of its gradients |
 | denoiser | latent denoiser | v-prediction: ‖v(z_t, t) - (alpha eps - sigma z_0)‖² |
-| estimator | stage-one estimate and F | Charbonnier(estimate(y, gamma), x) + regression of the damage from gamma |
+| estimator | stage-one estimate and F | log ‖estimate(y, gamma) - x‖² + regression of the damage from gamma |
 | pixel-inn | g (pixels) | ‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² + mu ‖g⁻¹(x_c, 0, gamma) - x‖² |
 | latent-inn | g (latents) | the first two on z = E(x) with target E(y) |
 
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from latentindigo.autoencoder import PatchAutoencoder, fit_patch_basis
 from latentindigo.data import PhotoFolder, sample_generator
-from latentindigo.degradations import apply, draw_training
+from latentindigo.degradations import apply, check_training_range, draw_simple, draw_training
 from latentindigo.images import contact_sheet
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
+from latentindigo.lifting import haar_lift, lazy_split
 from latentindigo.model_folder import model_folder
 
 __all__ = ["OBJECTIVES", "Objective"]
@@ -38,6 +39,9 @@ __all__ = ["OBJECTIVES", "Objective"]
 SCALES = (4, 2, 1)
 LEVELS = {4: 2, 2: 1, 1: 0}
 SHARD = "15MB"
+RESPONSE_BANDS = 4
+ERROR_FLOOR = 2e-3  # 27 dB: much better images have no more weight in the estimator's loss. With 1e-4 they led it.
+ENCODER_CROP = 96  # Largest side of the part of y that F is trained on.
 
 
 @runtime_checkable
@@ -123,25 +127,37 @@ def _clean_crops(photos: PhotoFolder, config: RunSettings, numbers: Sequence[int
     return torch.stack(crops)
 
 
-def _degraded(photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """Pairs (x, y) with the noise- and JPEG-free y and the damage's summary; one scale for the whole batch."""
+def _degraded(
+    photos: PhotoFolder, config: RunSettings, numbers: Sequence[int], *, clean: bool = True, classical: float = 0.0
+) -> dict[str, Tensor]:
+    """Pairs (x, y) and the damage's summary; one scale for the whole batch.
+
+    Args:
+        photos: The photographs.
+        config: Settings of the run.
+        numbers: Sample numbers.
+        clean: Also make `y_clean`, the noise- and JPEG-free y.
+        classical: Share of samples that are drawn from classical degradations with mostly every damage on, in place
+            of the training mixture.
+    """
     draw = sample_generator(config.seed, 2, numbers[0] // len(numbers))
     scale = SCALES[int(torch.multinomial(torch.tensor([0.6, 0.2, 0.2]), 1, generator=draw))]
     x = _clean_crops(photos, config, numbers)
-    noisy, clean, damage = [], [], []
+    noisy, noiseless, damage = [], [], []
     for image, number in zip(x, numbers, strict=True):
-        params = draw_training(sample_generator(config.seed, 3, number), scale)
+        generator = sample_generator(config.seed, 3, number)
+        if classical and float(torch.rand((), generator=generator)) < classical:
+            params = draw_simple(generator, scale, probability=0.85)
+        else:
+            params = draw_training(generator, scale)
+        check_training_range(params)
         noisy.append(apply(image[None], params, sample_generator(config.seed, 4, number)))
-        clean.append(apply(image[None], params, sample_generator(config.seed, 4, number), noise=False, jpeg=False))
-        summary = params.summary()
-        damage.append(torch.tensor([summary.blur, summary.noise, summary.jpeg]))
-    return {
-        "x": x,
-        "y": torch.cat(noisy),
-        "y_clean": torch.cat(clean),
-        "damage": torch.stack(damage).float(),
-        "scale": torch.tensor(scale),
-    }
+        if clean:
+            generator = sample_generator(config.seed, 4, number)
+            noiseless.append(apply(image[None], params, generator, noise=False, jpeg=False))
+        damage.append(torch.tensor(params.summary()))
+    batch = {"x": x, "y": torch.cat(noisy), "damage": torch.stack(damage).float(), "scale": torch.tensor(scale)}
+    return batch | ({"y_clean": torch.cat(noiseless)} if clean else {})
 
 
 def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,53 +264,79 @@ class DenoiserObjective(Objective):
 
 
 class EstimatorObjective(Objective):
-    """The stage-one estimate together with the degradation encoder F that conditions it.
+    """The stage-one estimate together with the degradation encoder F that conditions it *(ours)*.
 
-    A Charbonnier loss, whose minimum is close to the posterior mean, plus the regression of the damage from gamma, so
-    that gamma says what was done to y and not only what the estimator needs. F is frozen in the parts that follow; with
-    `train_encoder = false` it stays that of `base`, so that an estimator can be trained on without retraining those.
+    The logarithm of each image's squared error, whose minimum is close to the posterior mean and which weighs an easy
+    image's decibel like a hard one's, plus the regression of the damage from gamma, so that gamma says what was done
+    to y and not only what the estimator needs. F is frozen in the parts that follow.
+
+    Either network can be trained by itself. `train_estimator = false` trains F alone on the regression, many times
+    faster. `train_encoder = false` leaves F as it is in `base`. F starts from `base` where that is named.
     """
 
-    settings = frozenset({"base", "damage_weight", "train_encoder"})
+    settings = frozenset({"base", "classical", "damage_weight", "response_weight", "train_encoder", "train_estimator"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
+        self.networks = {}
+        self.train_estimator = bool(settings.get("train_estimator", True))
         self.estimator = Estimator(**model)
-        self.networks = {"estimator": self.estimator}
-        if settings.get("train_encoder", True):
+        if self.train_estimator:
+            self.networks["estimator"] = self.estimator
+        else:
+            self.estimator.requires_grad_(False)
+        train_encoder = bool(settings.get("train_encoder", True))
+        if not (train_encoder or self.train_estimator):
+            raise ValueError("train_encoder and train_estimator are both false; set one of them to true")
+        if train_encoder and "base" not in settings:
             self.degradation_encoder = DegradationEncoder(gamma_dim=self.estimator.config["gamma_dim"])
-            self.networks["degradation_encoder"] = self.degradation_encoder
         else:
             base = model_folder(settings.get("base", "embedded"))
-            self.degradation_encoder = _frozen(DegradationEncoder.from_pretrained(base / "degradation_encoder"))
-        self.damage_weight = float(settings.get("damage_weight", 0.1))
+            self.degradation_encoder = DegradationEncoder.from_pretrained(base / "degradation_encoder")
+        if train_encoder:
+            self.networks["degradation_encoder"] = self.degradation_encoder.train()
+        else:
+            _frozen(self.degradation_encoder)
+        self.damage_weight = float(settings.get("damage_weight", 1.0))
+        self.classical = float(settings.get("classical", 0.0))
+        self.response_weight = float(settings.get("response_weight", 0.0)) if train_encoder else 0.0
+        self.response_head = nn.Linear(self.estimator.config["gamma_dim"], RESPONSE_BANDS)
+        self.response_head.requires_grad_(self.response_weight > 0)
 
     def batch(self, photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Pairs (x, y)."""
-        return _degraded(photos, config, numbers)
+        clean = self.response_weight > 0
+        batch = _degraded(photos, config, numbers, clean=clean, classical=self.classical)
+        if clean:
+            # Only the response is kept: y_clean itself is not needed, and need not travel to an accelerator.
+            batch["response"] = _band_response(batch.pop("y_clean"), batch["x"])
+        return batch
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """sqrt(error² + eps²) + regression of the damage; the gain over bicubic in dB beside them."""
+        """log(‖estimate - x‖² + eps) + regression of the damage; the gain over bicubic in dB beside them."""
         x, y = batch["x"], batch["y"]
-        gamma = self.degradation_encoder(y)
-        out = self.estimator(y, gamma, LEVELS[int(batch["scale"])]).float()
-        error = ((out - x).square() + 1e-4).sqrt().mean()
+        # What describes the damage is the same all over y; a part of it is enough, and at scale 1 much cheaper.
+        gamma = self.degradation_encoder(y[..., :ENCODER_CROP, :ENCODER_CROP])
         damage = _damage_loss(self.degradation_encoder, gamma, batch["damage"])
+        total, logs = self.damage_weight * damage, {"damage": damage.detach()}
+        if self.response_weight:
+            response = (self.response_head(gamma).float() - batch["response"]).square().mean()
+            total, logs["response"] = total + self.response_weight * response, response.detach()
+        if not self.train_estimator:
+            return {"loss": total} | logs
+        out = self.estimator(y, gamma, LEVELS[int(batch["scale"])]).float()
         plain = F.interpolate(y, size=x.shape[-2:], mode="bicubic", antialias=True)
-        gain = ((plain - x).square().mean() / (out - x).square().mean()).log10() * 10
-        return {
-            "loss": error + self.damage_weight * damage,
-            "error": error.detach(),
-            "damage": damage.detach(),
-            "gain_db": gain.detach(),
-        }
+        error, before = ((image - x).square().mean((1, 2, 3)) + ERROR_FLOOR for image in (out, plain))
+        logs["gain_db"] = 10 * (before / error).log10().mean().detach()
+        return {"loss": total + 0.1 * error.log().mean()} | logs
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clean image, degraded image enlarged, estimate."""
-        plain = F.interpolate(batch["y"], size=batch["x"].shape[-2:], mode="nearest")
+        columns = {"x": batch["x"], "y": F.interpolate(batch["y"], size=batch["x"].shape[-2:], mode="nearest")}
+        if not self.train_estimator:
+            return columns
         gamma = self.degradation_encoder(batch["y"])
-        estimate = self.estimator(batch["y"], gamma, LEVELS[int(batch["scale"])])
-        return {"x": batch["x"], "y": plain, "estimate": estimate}
+        return columns | {"estimate": self.estimator(batch["y"], gamma, LEVELS[int(batch["scale"])])}
 
 
 def _damage_loss(encoder: DegradationEncoder, gamma: Tensor, damage: Tensor) -> Tensor:
@@ -303,6 +345,29 @@ def _damage_loss(encoder: DegradationEncoder, gamma: Tensor, damage: Tensor) -> 
     ranges = gamma.new_tensor([3.2, 30 / 255, 1.0])
     stacked = torch.stack([estimate.blur, estimate.noise, estimate.jpeg], dim=-1)
     return F.smooth_l1_loss(stacked / ranges, damage / ranges, beta=0.1)
+
+
+@torch.no_grad()
+def _band_response(y_clean: Tensor, x: Tensor) -> Tensor:
+    """How much of each band of frequencies a blur has left: log amplitudes (B, RESPONSE_BANDS), 0 = all of it.
+
+    The bands divide the frequencies of y's grid, from the mean to half a cycle per pixel. What a band of y (without
+    noise and JPEG) holds is compared with what it holds after downsampling x alone.
+    """
+    height, width = y_clean.shape[-2:]
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    band = ((rows.square() + columns.square()).sqrt() * 2 * RESPONSE_BANDS).long().clamp(max=RESPONSE_BANDS - 1)
+    window = torch.hann_window(height, periodic=False)[:, None] * torch.hann_window(width, periodic=False)[None]
+
+    def energies(image: Tensor) -> Tensor:
+        grey = image.mean(1)
+        spectrum = torch.fft.rfft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square()
+        return torch.stack([spectrum[:, band == k].mean(1) for k in range(RESPONSE_BANDS)], dim=1)
+
+    plain = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
+    # The floor is that of 8-bit rounding: what is weaker cannot be told from nothing.
+    floor = window.square().sum() / (12 * 255**2)
+    return 0.5 * ((energies(y_clean) + floor) / (energies(plain) + floor)).log()
 
 
 class PixelINNObjective(Objective):
@@ -360,9 +425,9 @@ class PixelINNObjective(Objective):
 
 
 class LatentINNObjective(Objective):
-    """The latent INN: coarse part of z = E(x) against E(y), with E and F frozen."""
+    """The latent INN: coarse part of z = E(x) against E(y), with E, F and the stage-one estimate frozen."""
 
-    settings = frozenset({"base", "inverse_weight"})
+    settings = frozenset({"base", "inverse_weight", "spread_weight"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -372,13 +437,39 @@ class LatentINNObjective(Objective):
         self.latent_inn = InvertibleNet(**model)
         self.networks = {"latent_inn": self.latent_inn}
         self.inverse_weight = float(settings.get("inverse_weight", 0.1))
+        self.spread_weight = float(settings.get("spread_weight", 0.1))
+        self.estimator: Estimator | None = None
+        if self.latent_inn.has_spread:
+            self.estimator = _frozen(Estimator.from_pretrained(base / "estimator"))
+
+    @torch.no_grad()
+    def prepare(self, photos: PhotoFolder, seed: int) -> None:
+        """Start the band mix, where there is one, as the best linear map from E(x) to E(x at half the size)."""
+        mix = self.latent_inn.band_mix
+        if mix is None:
+            return
+        crops = torch.stack([photos.crop(sample_generator(seed, 0, n), 128) for n in range(400)])
+        halves = F.interpolate(crops, scale_factor=0.5, mode="bicubic", antialias=True)
+        fine, coarse = (
+            torch.cat([self.vae.encode(part * 2 - 1).latents.float() for part in images.split(50)])
+            for images in (crops, halves)
+        )
+        bands = lazy_split(fine)
+        if self.latent_inn.config["haar"]:
+            bands = haar_lift(*bands)
+        a, b = (t.transpose(0, 1).flatten(1).T.double() for t in (torch.cat(bands, dim=1), coarse))
+        ridge = 1e-4 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        best = torch.linalg.solve(a.T @ a + ridge, a.T @ b).T
+        # The other rows span what the best map does not see, so that the whole is invertible and well conditioned.
+        rest = torch.linalg.svd(best).Vh[best.shape[0] :]
+        mix.matrix.copy_(torch.cat((best, rest)))
 
     def batch(self, photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Pairs (x, y) with the noise- and JPEG-free y."""
         return _degraded(photos, config, numbers)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """‖z_c - E(y)‖² + lambda ‖g⁻¹(E(y), z_d, gamma) - z‖²."""
+        """‖z_c - E(y)‖² + lambda ‖g⁻¹(E(y), z_d, gamma) - z‖², and the likelihood of the spread where there is one."""
         levels = LEVELS[int(batch["scale"])]
         with torch.no_grad():
             gamma = self.degradation_encoder(batch["y"])
@@ -387,11 +478,22 @@ class LatentINNObjective(Objective):
         z_c, z_d = self.latent_inn(z, gamma, levels)
         coarse = (z_c - clean).square().mean()
         inverse = (self.latent_inn.inverse(measured, z_d, gamma, levels) - z).square().mean()
-        return {
-            "loss": coarse + self.inverse_weight * inverse,
-            "coarse": coarse.detach(),
-            "inverse": inverse.detach(),
-        }
+        total = coarse + self.inverse_weight * inverse
+        logs = {"coarse": coarse.detach(), "inverse": inverse.detach()}
+        if self.estimator is not None:
+            spread = self._spread_loss(batch["y"], z, gamma, levels)
+            total, logs["spread"] = total + self.spread_weight * spread, spread.detach()
+        return {"loss": total} | logs
+
+    def _spread_loss(self, y: Tensor, z: Tensor, gamma: Tensor, levels: int) -> Tensor:
+        """-log N(z; E(estimate), spread²), without its constant: log s + (z - E(estimate))² / (2 s²)."""
+        if self.estimator is None:
+            raise RuntimeError("the spread is trained beside a stage-one estimate, and none was loaded")
+        with torch.no_grad():
+            estimate = self.estimator(y, gamma, levels).float().clamp(0, 1)
+            guess = self.vae.encode(estimate * 2 - 1).latents.float()
+        deviation = self.latent_inn.spread(guess, gamma).float()
+        return (deviation.log() + 0.5 * ((z - guess) / deviation).square()).mean()
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clean image, y, and D(g⁻¹(E(y), z_d, gamma))."""

@@ -51,6 +51,7 @@ from latentindigo.guidance import (
     LinearForward,
     PixelINN,
     Update,
+    draw_noise,
     make_regulariser,
     trusted_target,
 )
@@ -64,6 +65,7 @@ from latentindigo.tiling import TilingConfig, tiled_map
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
+MAX_DEPARTURE = 1.5  # Of a sample from the estimate, in standard deviations of the estimate's error.
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
@@ -247,6 +249,8 @@ class RestorationPipeline(DiffusionPipeline):
         callback_on_step_end: StepEndCallback | None = None,
         eta: float | None = None,
         residual: float | None = None,
+        spread: float | None = None,
+        texture: float | None = None,
     ) -> RestorationOutput:
         """Restore one image, a batch, or a list of images of any sizes.
 
@@ -274,6 +278,8 @@ class RestorationPipeline(DiffusionPipeline):
                 it raises ends the call.
             eta: Share of fresh noise in each step, for schedulers that know it.
             residual: Share of what the autoencoder lost of the start image that is added back, 0..1.
+            spread: Share of the stage-one estimate's uncertainty that is drawn before sampling, 0..1.
+            texture: Share of what sampling changed about the start image that is kept, 0..1.
 
         Returns:
             Images, maps of invented detail, uncertainty, and the settings used.
@@ -289,7 +295,8 @@ class RestorationPipeline(DiffusionPipeline):
             raise ValueError(f"one seed, or one per image, expected: got {len(seeds)} seeds for {len(images)} images")
         chosen = self._resolve(
             preset, fidelity, operator, method=method, update=update, init=init, steps=steps, strength=strength,
-            guidance=guidance, eta=eta, residual=residual,
+            guidance=guidance, eta=eta, residual=residual, spread=spread,
+            texture=texture,
         )  # fmt: skip
         run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
@@ -387,10 +394,14 @@ class RestorationPipeline(DiffusionPipeline):
 
         before = copy.copy(calls)
         regulariser = make_regulariser(settings.guidance, prior)
-        z = restore_latent(trajectory, start, data, settings.update, regulariser, generators, on_step)
+        spread = self._spread(start, gamma, settings, operator)
+        seeded = _draw_around(start, spread, settings, generators)
+        z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
 
+        if settings.init != "noise":
+            z = _keep_texture(z, start, spread, settings)
         x = prior.decode(z)
         if settings.residual and settings.init != "noise":
             # What the autoencoder alone loses of the start image is no judgement of the prior's: give it back.
@@ -444,6 +455,13 @@ class RestorationPipeline(DiffusionPipeline):
             x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         return x
 
+    def _spread(self, start: Tensor, gamma: Tensor, settings: Preset, operator: Operator | None) -> Tensor | None:
+        """How far the latent of the stage-one estimate is likely to lie from the truth, None where nothing tells."""
+        blind_estimate = operator is None and settings.init == "estimator" and self.estimator is not None
+        if not blind_estimate or self.latent_inn is None or not self.latent_inn.has_spread:
+            return None
+        return self.latent_inn.spread(start, gamma.to(self.latent_inn.dtype))
+
     def _data_term(
         self,
         prior: LatentPrior,
@@ -491,6 +509,32 @@ class RestorationPipeline(DiffusionPipeline):
         coarse, _ = self.pixel_inn(x, gamma, levels)
         measured = self.pixel_inn.inverse(coarse, self._no_details(coarse, levels), gamma, levels)
         return (x - measured).abs().mean(1, keepdim=True).float().clamp(0, 1)
+
+
+def _draw_around(
+    start: Tensor, spread: Tensor | None, settings: Preset, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """A draw around the latent of the stage-one estimate, as far from it as the truth is likely to be *(ours)*.
+
+    The estimate is a mean: it lacks what it could not know, and noise of one level for all coefficients leaves most of
+    that lacking. The prior takes a smooth start for a smooth picture.
+    """
+    if spread is None or not settings.spread:
+        return start
+    return start + settings.spread * spread * draw_noise(start, generators)
+
+
+def _keep_texture(z: Tensor, start: Tensor, spread: Tensor | None, settings: Preset) -> Tensor:
+    """The share of a sample's departure from the start that is kept *(ours)*.
+
+    The whole departure is a sample's realism at a sample's error, twice that of the mean; a share a of it costs a² of
+    that and gives a² of the energy. No coefficient departs by more than MAX_DEPARTURE times the spread: what lies
+    further off is a mistake of the prior's, and where little was lost, little may change.
+    """
+    departure = z - start
+    if spread is not None:
+        departure = torch.clamp(departure, -MAX_DEPARTURE * spread, MAX_DEPARTURE * spread)
+    return start + settings.texture * departure
 
 
 def _noise_gain(prior: LatentPrior) -> Tensor:

@@ -34,6 +34,10 @@ class Preset:
         strength: Noise level sigma/sqrt(alpha² + sigma²) at the start, 1 = pure noise.
         eta: Share of fresh noise in each step, for schedulers that know it (0 = deterministic).
         residual: Share of what the autoencoder lost of the start image that is added back at the end, 0..1.
+        spread: Share of the estimate's own uncertainty that is drawn before sampling, 0..1 (see
+            `InvertibleNet.spread`).
+        texture: Share of what sampling changed about the start image that is kept, 0..1 (see
+            `RestorationPipeline._pass`).
         guidance: Settings of the guidance.
     """
 
@@ -44,6 +48,8 @@ class Preset:
     strength: float = 0.4
     eta: float = 0.0
     residual: float = 1.0
+    spread: float = 0.0
+    texture: float = 1.0
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
@@ -54,15 +60,15 @@ class Preset:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], 1 = pure noise, got {self.strength}")
-        for name in ("eta", "residual"):
+        for name in ("eta", "residual", "spread", "texture"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 PRESETS: dict[str, Preset] = {
-    "faithful": Preset(update="stopped", steps=4, strength=0.06, guidance=GuidanceConfig(zeta=3.0)),
-    "default": Preset(update="stopped", steps=6, strength=0.2),
-    "vivid": Preset(update="stopped", steps=8, strength=0.5),
+    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08),
+    "default": Preset(steps=8, strength=0.8, spread=0.7, texture=0.7),
+    "vivid": Preset(steps=10, strength=0.8, spread=1.0, texture=1.0),
 }
 
 

@@ -337,7 +337,7 @@ def train(
     objective.to(accelerator.device)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trainable, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+        trainable, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
     average = _Average(objective, config.ema_decay)
     first = _load_checkpoint(out, objective, optimizer, average) if resume else 0

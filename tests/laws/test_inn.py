@@ -23,17 +23,23 @@ GAMMA_DIM = 6
 DTYPES = [torch.float64, torch.float32]
 LEVELS = [0, 1, 2, 3]
 
-# The three kinds of invertible network in use, small: pixels, latents, and latents without the fixed Haar step.
+# The kinds of invertible network in use, small: pixels, latents with and without band mix and gain, no Haar step.
 INNS: dict[str, dict[str, Any]] = {
     "pixel": {"channels": 3, "offset": 0.5},
     "latent": {"channels": 5, "offset": 0.0},
+    "mixed": {"channels": 4, "offset": 0.0, "mix": True, "gain": True},
     "no-haar": {"channels": 2, "offset": 0.0, "haar": False},
 }
 
 
 def make_inn(name: str = "pixel", kind: type[InvertibleNet] = InvertibleNet, scale: float = 0.5) -> InvertibleNet:
     net = kind(gamma_dim=GAMMA_DIM, hidden=6, blocks=1, num_steps=2, **INNS[name])
-    return randomise_(net, 1, scale).eval()
+    net = randomise_(net, 1, scale).eval()
+    if net.band_mix is not None:
+        # Random and well conditioned, as trained ones are: a random matrix alone may be nearly singular.
+        turn = torch.linalg.qr(net.band_mix.matrix.detach()).Q
+        net.band_mix.matrix.data = turn * torch.linspace(0.5, 2.0, len(turn))
+    return net
 
 
 def make_encoder(kind: type[DegradationEncoder] = DegradationEncoder) -> DegradationEncoder:
@@ -92,6 +98,31 @@ class ForgottenOffset(InvertibleNet):
 
     def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
         return super().inverse(x_c, x_d, gamma, levels) - self.config["offset"]
+
+
+class TransposedMix(InvertibleNet):
+    """Takes the transpose of the band mix for its inverse, which holds for rotations only."""
+
+    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+        if self.band_mix is None:
+            return super().inverse(x_c, x_d, gamma, levels)
+        kept = self.band_mix.matrix.data
+        try:
+            self.band_mix.matrix.data = torch.linalg.inv(kept).T.contiguous()
+            return super().inverse(x_c, x_d, gamma, levels)
+        finally:
+            self.band_mix.matrix.data = kept
+
+
+class OneWayGain(InvertibleNet):
+    """Forgets the coarse gain on the way back."""
+
+    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+        gain, self.coarse_gain = self.coarse_gain, None
+        try:
+            return super().inverse(x_c, x_d, gamma, levels)
+        finally:
+            self.coarse_gain = gain
 
 
 class RoundingInn(InvertibleNet):
@@ -258,6 +289,13 @@ def test_a_wrong_inverse_is_found(kind: type[InvertibleNet], levels: int) -> Non
     net, x = make_inn(kind=kind), draw(1, 3, 8, 8)
     with pytest.raises(AssertionError):
         check_inverse_undoes_forward(net, x, draw_gamma(), levels)
+
+
+@pytest.mark.parametrize("kind", [TransposedMix, OneWayGain])
+def test_a_wrong_inverse_of_mix_or_gain_is_found(kind: type[InvertibleNet]) -> None:
+    net, x = make_inn("mixed", kind), draw(1, 4, 8, 8)
+    with pytest.raises(AssertionError):
+        check_inverse_undoes_forward(net, x, draw_gamma(), 2)
 
 
 @pytest.mark.parametrize("kind", [ForgottenOffset, RoundingInn])
@@ -444,7 +482,10 @@ def test_networks_survive_saving(name: str, tmp_path: Path) -> None:
 
 
 def test_every_setting_survives_saving(tmp_path: Path) -> None:
-    net = InvertibleNet(channels=2, gamma_dim=3, hidden=4, blocks=3, num_steps=1, haar=False, offset=0.25)
+    net = InvertibleNet(
+        channels=2, gamma_dim=3, hidden=4, blocks=3, num_steps=1, haar=False, offset=0.25, mix=True, gain=True,
+        spread=True,
+    )  # fmt: skip
     net.save_pretrained(tmp_path)
     loaded = InvertibleNet.from_pretrained(tmp_path)
     assert {key: value for key, value in loaded.config.items() if not key.startswith("_")} == {
@@ -455,6 +496,9 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
         "num_steps": 1,
         "haar": False,
         "offset": 0.25,
+        "mix": True,
+        "gain": True,
+        "spread": True,
     }
 
 

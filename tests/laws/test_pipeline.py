@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import latentindigo.pipeline as pipeline_module
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
 from tiny import tiny_pipeline as build_pipeline
@@ -111,7 +113,8 @@ def test_reproducible_catches_global_noise(tiny_pipeline: RestorationPipeline, m
 def test_reproducible_catches_an_ignored_seed(
     tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentindigo.sampler.draw_noise", lambda like, generators: torch.ones_like(like))
+    for module in ("sampler", "pipeline"):
+        monkeypatch.setattr(f"latentindigo.{module}.draw_noise", lambda like, generators: torch.ones_like(like))
     with pytest.raises(AssertionError):
         check_reproducible(tiny_pipeline)
 
@@ -198,6 +201,93 @@ def test_threads_catches_a_shared_target(tiny_pipeline: RestorationPipeline, mon
             check_threads(tiny_pipeline)
 
 
+# --- what sampling changed is kept in part; the estimate's uncertainty is drawn -------------------------------------
+
+
+def check_texture(restore: Restore) -> None:
+    """Texture 0 is the start image whatever was sampled; a half lies half way, for a linear decoder nearly exactly."""
+    settings: dict[str, Any] = {"scale": 2, "strength": 0.5, "residual": 1.0, **FAST}
+    none, half, full = (restore(photo(), texture=share, **settings).images[0] for share in (0.0, 0.5, 1.0))
+    other = restore(photo(), texture=0.0, **{**settings, "strength": 0.9}, seed=5).images[0]
+    assert_close(other, none)
+    assert float((full - none).abs().mean()) > 0.003
+    # The tiny autoencoder is not linear, and pixels are clamped.
+    assert float((half - (none + full) / 2).abs().mean()) < 0.25 * float((full - none).abs().mean())
+
+
+def check_departure(pipe: RestorationPipeline, keep: Callable[..., Tensor]) -> None:
+    """No coefficient of what is kept departs from the start by more than so many standard deviations."""
+    start, spread = torch.randn(2, 4, 5, 6), torch.rand(2, 4, 5, 6)
+    settings = dataclasses.replace(pipe.presets["vivid"], texture=0.8)
+    for size in (0.1, 10.0):
+        z = start + size * torch.randn(start.shape)
+        kept = keep(z, start, spread, settings) - start
+        assert bool((kept.abs() <= 0.8 * pipeline_module.MAX_DEPARTURE * spread + 1e-6).all())
+        near = (z - start).abs() < spread
+        assert_close(kept[near], 0.8 * (z - start)[near], torch.float32)
+        assert_close(keep(z, start, None, settings) - start, 0.8 * (z - start), torch.float32)
+
+
+def test_departures_are_limited(tiny_pipeline: RestorationPipeline) -> None:
+    check_departure(tiny_pipeline, pipeline_module._keep_texture)
+
+
+def test_an_unlimited_departure_is_found(tiny_pipeline: RestorationPipeline) -> None:
+    with pytest.raises(AssertionError):
+        check_departure(tiny_pipeline, lambda z, start, spread, s: start + s.texture * (z - start))
+
+
+def test_texture_is_a_share(tiny_pipeline: RestorationPipeline) -> None:
+    check_texture(tiny_pipeline)
+
+
+def test_texture_catches_a_share_that_is_ignored(tiny_pipeline: RestorationPipeline) -> None:
+    with pytest.raises(AssertionError):
+        check_texture(lambda image, texture, **settings: tiny_pipeline(image, **settings))
+
+
+def check_spread(pipe: RestorationPipeline) -> None:
+    """Before sampling, each coefficient departs from the estimate by the standard deviation that the network tells."""
+    seen: list[Tensor] = []
+    inner = pipeline_module.restore_latent
+
+    def watch(trajectory: Any, start: Tensor, *rest: Any) -> Tensor:
+        seen.append(start)
+        return inner(trajectory, start, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_module, "restore_latent", watch)
+        for k, share in enumerate([0.0] + [0.5] * 64):
+            pipe(photo(), scale=2, spread=share, seed=k, **FAST)
+    mean, draws = seen[0], torch.stack(seen[1:])
+    gamma = pipe.degradation_encoder(photo()[None])
+    told = 0.5 * pipe.latent_inn.spread(mean, gamma)
+    found = (draws - mean).square().mean(0).sqrt()
+    assert float((found / told - 1).square().mean().sqrt()) < 0.15  # 64 draws: 1/sqrt(128) = 0.09
+    # Every image's own generator draws, one after another: no two alike.
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_the_spread_is_drawn(tiny_pipeline: RestorationPipeline) -> None:
+    check_spread(tiny_pipeline)
+
+
+def test_a_spread_of_one_size_is_found(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = pipeline_module._draw_around
+
+    def flat(start: Tensor, *rest: Any) -> Tensor:
+        moved = inner(start, *rest) - start
+        return start + moved.sign() * moved.abs().mean()
+
+    monkeypatch.setattr(pipeline_module, "_draw_around", flat)
+    with pytest.raises(AssertionError):
+        check_spread(tiny_pipeline)
+
+
+def test_alone_is_batch_with_spread(tiny_pipeline: RestorationPipeline) -> None:
+    check_alone_is_batch(tiny_pipeline, scale=2, spread=0.7, texture=0.6, **FAST)
+
+
 # --- save -> load -> same output; settings reproduce -----------------------------------------------------------------
 
 
@@ -220,7 +310,7 @@ def test_save_and_load_catches_a_lost_part(tmp_path: Path, monkeypatch: pytest.M
     pipe = build_pipeline()
     broken = copy.deepcopy(pipe)
     with torch.no_grad():
-        for parameter in broken.latent_inn.parameters():
+        for parameter in broken.latent_inn.steps.parameters():
             parameter.zero_()
     monkeypatch.setattr(pipe, "save_pretrained", broken.save_pretrained)
     with pytest.raises(AssertionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def check_commands(text: str) -> int:
 def check_presets(text: str, folder: Path) -> None:
     """Raise AssertionError unless the README's table of presets shows the values of a model."""
     for name, preset in load_presets(folder).items():
-        values = (preset.method, preset.update, preset.init, str(preset.steps), f"{preset.strength:g}")
+        numbers = (preset.steps, preset.strength, preset.spread, preset.texture)
+        values = (preset.method, preset.update, preset.init, *(f"{number:g}" for number in numbers))
         expected = f"| `{name}` | {' | '.join(values)} |"
         assert expected in text, f"README.md, table of presets: expected the row {expected!r}"
 
@@ -95,6 +97,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((WIDTH, HEIGHT), 60).convert("RGB").save("photo.jpg")
     (tmp_path / "photos").mkdir()
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     return tmp_path
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentindigo import inn
-from latentindigo.inn import DegradationEncoder, DegradationEstimate, Estimator, InvertibleNet
+from latentindigo.inn import DegradationEncoder, DegradationEstimate, Estimator, InvertibleNet, _amplified, _cell_basis
 from tolerances import assert_close, in_dtype, randomise_
 
 GAMMA_DIM = 6
@@ -39,7 +39,7 @@ def count_parameters(net: nn.Module) -> int:
 def test_default_sizes_are_small() -> None:
     assert 200_000 < count_parameters(InvertibleNet()) < 500_000
     assert count_parameters(DegradationEncoder()) < 500_000
-    assert count_parameters(Estimator()) < 1_000_000
+    assert count_parameters(Estimator()) < 2_000_000
 
 
 def test_saved_classes_keep_their_address() -> None:
@@ -225,8 +225,34 @@ def test_estimator_refusals() -> None:
         net(y[:, :1], gamma)
     with pytest.raises(ValueError, match="gamma of shape"):
         net(y, gamma[:, :-1])
-    with pytest.raises(ValueError, match="multiple of 4 expected, got 6"):
-        Estimator(width=6)
+    with pytest.raises(ValueError, match="must be at least 1, got 96, 0 and 64"):
+        Estimator(blocks=0)
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_cells_are_an_orthonormal_cosine_transform(block: int) -> None:
+    basis = _cell_basis(block)[:, :, 0, 0]
+    assert_close(basis @ basis.T, torch.eye(3 * block**2))
+    # A flat cell has its means only, and a cell that rises from left to right no vertical frequency.
+    cell = torch.linspace(0, 1, block)[None].expand(block, block)
+    coefficients = (basis @ cell.repeat(3, 1, 1).flatten()).reshape(3, block, block)
+    assert_close(coefficients[:, 1:], torch.zeros(3, block - 1, block))
+    assert_close(coefficients[:, 0, 0], torch.full((3,), 0.5 * block))
+    assert float(coefficients[0, 0, 1].abs()) > 0.3
+    assert_close(_amplified(basis[:, :, None, None])[0, :, 0, 0], basis[0] / block)
+
+
+def test_the_spread_must_have_been_asked_for() -> None:
+    z, gamma = torch.randn(1, 4, 8, 8), torch.randn(1, GAMMA_DIM)
+    made = InvertibleNet(channels=4, gamma_dim=GAMMA_DIM, hidden=4, blocks=1, num_steps=1, spread=True)
+    told = randomise_(made, 0).spread(100 * z, gamma).detach()
+    assert told.shape == z.shape
+    assert float(torch.tensor(-5.0).exp()) <= float(told.min()) < float(told.max()) <= float(torch.tensor(1.001).exp())
+    without = InvertibleNet(channels=4, gamma_dim=GAMMA_DIM, hidden=4, blocks=1, num_steps=1)
+    assert made.has_spread
+    assert not without.has_spread
+    with pytest.raises(ValueError, match="made without a spread; use one whose config says spread = true"):
+        without.spread(z, gamma)
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

@@ -15,8 +15,8 @@ from latentindigo.presets import PRESETS, Preset, blend_presets, load_presets, s
 
 def test_the_three_presets_are_there() -> None:
     assert set(PRESETS) == {"faithful", "default", "vivid"}
-    # More trust in the measurement means a lower start.
-    assert PRESETS["faithful"].strength < PRESETS["default"].strength < PRESETS["vivid"].strength
+    # More trust in the measurement means less of what sampling invents.
+    assert PRESETS["faithful"].texture < PRESETS["default"].texture < PRESETS["vivid"].texture
     assert PRESETS["faithful"].steps >= 4
 
 
@@ -32,6 +32,8 @@ def test_the_three_presets_are_there() -> None:
         ({"strength": float("nan")}, "strength"),
         ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
         ({"residual": -0.1}, r"residual must lie in \[0, 1\]"),
+        ({"spread": 1.2}, r"spread must lie in \[0, 1\], got 1.2"),
+        ({"texture": -0.1}, r"texture must lie in \[0, 1\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:

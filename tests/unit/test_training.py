@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from PIL import Image
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from latentindigo import training
 from latentindigo.autoencoder import PatchAutoencoder
-from latentindigo.data import PhotoFolder
+from latentindigo.data import PhotoFolder, sample_generator
+from latentindigo.degradations import blur, gaussian_kernel
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
-from latentindigo.objectives import OBJECTIVES, Objective
+from latentindigo.objectives import OBJECTIVES, LatentINNObjective, Objective, _band_response
 from latentindigo.training import PARTS, TrainConfig, load_recipe, train
 from tolerances import assert_close, randomise_
 
@@ -57,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "estimator": {"width": 8, "blocks": 1, "gamma_dim": GAMMA_DIM},
     "pixel-inn": {**INN, "channels": 3},
-    "latent-inn": {**INN, "channels": 4, "offset": 0.0},
+    "latent-inn": {**INN, "channels": 4, "offset": 0.0, "mix": True, "gain": True, "spread": True},
 }
 FOLDERS = {
     "autoencoder": {"vae"},
@@ -91,7 +93,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with the parts that later parts are trained on, in half precision as in the package."""
     folder = tmp_path_factory.mktemp("base")
     vae, encoder = PatchAutoencoder(**VAE), DegradationEncoder(gamma_dim=GAMMA_DIM, width=4)
-    for seed, (name, network) in enumerate({"vae": vae, "degradation_encoder": encoder}.items()):
+    parts = {"vae": vae, "degradation_encoder": encoder, "estimator": Estimator(**MODELS["estimator"])}
+    for seed, (name, network) in enumerate(parts.items()):
         randomise_(network, seed, 0.5).half().save_pretrained(folder / name)
     return folder
 
@@ -686,6 +689,91 @@ def test_an_estimator_may_be_trained_beside_a_frozen_encoder(run: Run, base: Pat
     trained = load_file(folder / "checkpoint" / "model.safetensors")
     assert trained
     assert all(name.startswith("estimator.") for name in trained)
+
+
+def test_an_encoder_may_be_trained_alone_and_goes_on_from_another(run: Run, base: Path) -> None:
+    alone = run("estimator", "alone", steps=2, objective={"train_estimator": False, "classical": 1.0})
+    assert {path.name for path in (alone / "final").iterdir()} == {"degradation_encoder"}
+    trained = load_file(alone / "checkpoint" / "model.safetensors")
+    assert trained
+    assert all(name.startswith("degradation_encoder.") for name in trained)
+    # Named as the base, it is what the next run starts from.
+    objective = OBJECTIVES["estimator"](MODELS["estimator"], {"base": str(base)})
+    saved = load_file(base / "degradation_encoder" / "diffusion_pytorch_model.safetensors")
+    weights = objective.networks["degradation_encoder"].state_dict()
+    assert all(torch.equal(weights[name], value.float()) for name, value in saved.items())
+    assert all(p.requires_grad for p in objective.networks["degradation_encoder"].parameters())
+    with pytest.raises(ValueError, match="both false; set one of them to true"):
+        OBJECTIVES["estimator"](MODELS["estimator"], {"train_estimator": False, "train_encoder": False})
+
+
+def test_the_band_response_tells_what_a_blur_has_left() -> None:
+    x = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    y = F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True)
+    # The same without a blur; half the contrast in all bands; a blur takes more of each higher band.
+    torch.testing.assert_close(_band_response(y, x), torch.zeros(2, 4), atol=1e-4, rtol=0)
+    halved = 0.5 + 0.5 * (y - 0.5)
+    torch.testing.assert_close(_band_response(halved, x), torch.full((2, 4), 0.5).log(), atol=1e-2, rtol=0)
+    left = _band_response(blur(y, gaussian_kernel(9, 0.7)), x)
+    assert bool((left.diff(dim=1) < -0.1).all())
+
+
+def test_the_response_is_learned_beside_the_damage(run: Run) -> None:
+    folder = run("estimator", steps=3, objective={"response_weight": 0.1})
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all({"response", "damage", "gain_db"} <= set(line) for line in logged)
+    # The head is part of the run, not of the model.
+    assert any(name.startswith("response_head.") for name in load_file(folder / "checkpoint" / "model.safetensors"))
+    assert {path.name for path in (folder / "final").iterdir()} == FOLDERS["estimator"]
+
+
+@torch.no_grad()
+def test_the_band_mix_starts_as_the_best_linear_map(base: Path, photos: Path) -> None:
+    objective = objective_of("latent-inn", base)
+    assert isinstance(objective, LatentINNObjective)
+    crops = torch.stack([PhotoFolder(photos, min_side=32).crop(sample_generator(9, n), 64) for n in range(16)])
+    z, half = (
+        objective.vae.encode(images * 2 - 1).latents
+        for images in (crops, F.interpolate(crops, scale_factor=0.5, mode="bicubic", antialias=True))
+    )
+    gamma = torch.zeros(1, GAMMA_DIM)
+
+    def error() -> float:
+        return float((objective.latent_inn(z, gamma, 1)[0] - half).square().mean())
+
+    before = error()  # The mean of each channel.
+    objective.prepare(PhotoFolder(photos, min_side=32), 0)
+    assert error() < 0.5 * before
+    mix = objective.latent_inn.band_mix
+    assert mix is not None
+    assert float(torch.linalg.matrix_rank(mix.matrix)) == len(mix.matrix)
+
+
+def test_the_spread_is_the_error_of_the_estimate(base: Path, photos: Path) -> None:
+    objective = objective_of("latent-inn", base)
+    assert isinstance(objective, LatentINNObjective)
+    assert objective.estimator is not None
+    folder = PhotoFolder(photos, min_side=32)
+    head = objective.latent_inn.detail_spread
+    assert head is not None
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
+    for step in range(60):
+        batch = objective.batch(folder, Settings(), range(2 * step, 2 * step + 2))
+        loss = objective(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    told, true = [], []
+    with torch.no_grad():
+        for number in range(200, 240, 2):
+            batch = objective.batch(folder, Settings(), range(number, number + 2))
+            gamma = objective.degradation_encoder(batch["y"])
+            levels = {4: 2, 2: 1, 1: 0}[int(batch["scale"])]
+            guess = objective.vae.encode(objective.estimator(batch["y"], gamma, levels).clamp(0, 1) * 2 - 1).latents
+            told.append(objective.latent_inn.spread(guess, gamma).square().mean())
+            true.append((guess - objective.vae.encode(batch["x"] * 2 - 1).latents).square().mean())
+    ratio = float(torch.stack(told).mean() / torch.stack(true).mean())
+    assert 0.4 < ratio < 2.5, ratio
 
 
 def test_frozen_parts_are_read_in_single_precision(base: Path) -> None:
