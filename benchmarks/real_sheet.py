@@ -1,6 +1,6 @@
 """Lay out real photographs before and after: nearest, bicubic, default, vivid, at scale 4.
 
-    python benchmarks/real_sheet.py docs/images/real.png
+    python benchmarks/real_sheet.py docs/images/real.jpg
 
 Only photographs whose source repository has a permissive licence are shown (see `docs/credits.md`). Each row is the
 central part of one photograph.

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,7 +254,10 @@ SUITES: dict[str, tuple[list[str], set[tuple[str, str]]]] = {
     ),
     "nonblind": (["--limit", "1"], {("told", "start image alone"), ("told", "default"), ("blind", "faithful")}),
     "tune": (["--limit", "1", "--settings", SETTINGS, "--degradations", "mild"], {("bicubic", ""), ("estimator", "")}),
-    "probe": (["--limit", "2"], {("linear probe", "classical"), ("estimate()", "training mixture")}),
+    "probe": (["--limit", "2"], {("linear probe", "joint"), ("estimate()", "training mixture")}),
+    "autoencoder": (["--limit", "2"], {("autoencoder", "round trip")}),
+    "refinement": (["--limit", "1"], {("default refinement", "on"), ("default refinement", "off")}),
+    "calibration": (["--limit", "1"], {("calibration", "default")}),
 }
 
 
@@ -305,3 +309,33 @@ def test_real_goes_on_where_it_stopped(
     assert times == {path: os.stat(keep / path).st_mtime_ns for path in outputs[1:]}
     seconds = [[r["seconds"] for r in x["rows"] if not r["failed"]] for x in (result, again)]
     assert sum(a != b for a, b in zip(*seconds, strict=True)) <= 1
+
+
+def test_bars_are_read_off_the_summary(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    bar = importlib.import_module("embedded").Bar
+    summary = [
+        {"protocol": "p", "method": method, "variant": "", "swd": {"mean": value}}
+        for method, value in (("ours", 0.3), ("theirs", 0.6))
+    ]
+    ours, theirs = ("p", "ours", ""), ("p", "theirs", "")
+    assert bar("", ours, "swd", 1).measured(summary) == 0.3
+    assert bar("", ours, "swd", 1, over=theirs).measured(summary) == pytest.approx(0.5)
+    # What was not measured is neither met nor missed.
+    assert bar("", ours, "psnr", 1).measured(summary) is None
+    assert bar("", ("q", "ours", ""), "swd", 1).measured(summary) is None
+    assert bar("", ours, "swd", 1, over=("q", "theirs", "")).measured(summary) is None
+
+
+def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    embedded = importlib.import_module("embedded")
+    key = ("p", "ours", "")
+    chosen = [embedded.Bar(f"{limit} {most}", key, "psnr", limit, most) for limit in (1, 3) for most in (False, True)]
+    monkeypatch.setattr(embedded, "_bars", lambda: [*chosen, embedded.Bar("none", key, "swd", 1)])
+    summary = [{"protocol": "p", "method": "ours", "variant": "", "psnr": {"mean": 2.0}}]
+    args = SimpleNamespace(out=tmp_path, date="2000-01-01", suite="embedded")
+    table = embedded.show_bars(SimpleNamespace(summary=summary, args=args))
+    met = [line.split(" | ")[-1].strip("| ") for line in table.splitlines()[2:]]
+    assert met == ["yes", "**no**", "**no**", "yes", ""]
+    assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
