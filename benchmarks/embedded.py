@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,17 +173,28 @@ def _bars() -> list[Bar]:
     ]
 
 
-def show_bars(bench: Bench) -> str:
+def bars_table(summary: Sequence[dict[str, Any]]) -> str:
     """All bars as a Markdown table: bar, figure, met or not."""
     lines = ["| what | bar | measured | met |", "| --- | --- | --- | --- |"]
     for bar in _bars():
-        value = bar.measured(bench.summary)
+        value = bar.measured(summary)
         meets: Callable[[float, float], bool] = operator.le if bar.at_most else operator.ge
         sign = "≤" if bar.at_most else "≥"
         shown = "not measured" if value is None else f"{value:.4g}"
         met = "" if value is None else "yes" if meets(value, bar.limit) else "**no**"
         lines.append(f"| {bar.name} | {sign} {bar.limit:g} | {shown} | {met} |")
-    text = "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def show_bars(bench: Bench) -> str:
+    """Write the table of bars beside the result file, and show it."""
+    text = bars_table(bench.summary)
     (bench.args.out / f"{bench.args.date}-{bench.args.suite}-bars.md").write_text(text)
     say("\n" + text)
     return text
+
+
+if __name__ == "__main__":
+    # The bars of suites that were run one by one: python benchmarks/embedded.py benchmarks/results/<date>-*.json
+    found = [json.loads(Path(name).read_text())["summary"] for name in sys.argv[1:]]
+    say(bars_table([entry for summary in found for entry in summary]))

@@ -63,8 +63,15 @@ def guided(bench: Bench) -> Sequence[str]:
     pairs = bench.pairs(protocol)
     baselines(bench, protocol, pairs)
     zetas = {"latent-inn": args.zeta_latent, "pixel-inn": args.zeta_pixel}
-    # residual=0, texture=1: what the sampling gives, with nothing of the start image mixed in at the end.
-    start = {"init": "estimator", "strength": STRENGTH, "steps": args.steps, "residual": 0.0, "texture": 1.0}
+    # What the sampling alone gives: nothing drawn before it, nothing of the start image mixed in at the end.
+    start = {
+        "init": "estimator",
+        "strength": STRENGTH,
+        "steps": args.steps,
+        "residual": 0.0,
+        "spread": 0.0,
+        "texture": 1.0,
+    }
     unguided = ("unguided", "")
     bench.run(protocol, pairs, *unguided, pipeline(pipe, 4, method="unguided", **start))
     for method, zeta in zetas.items():
