@@ -295,8 +295,7 @@ class RestorationPipeline(DiffusionPipeline):
             raise ValueError(f"one seed, or one per image, expected: got {len(seeds)} seeds for {len(images)} images")
         chosen = self._resolve(
             preset, fidelity, operator, method=method, update=update, init=init, steps=steps, strength=strength,
-            guidance=guidance, eta=eta, residual=residual, spread=spread,
-            texture=texture,
+            guidance=guidance, eta=eta, residual=residual, spread=spread, texture=texture,
         )  # fmt: skip
         run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]

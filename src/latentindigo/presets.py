@@ -37,7 +37,7 @@ class Preset:
         spread: Share of the estimate's own uncertainty that is drawn before sampling, 0..1 (see
             `InvertibleNet.spread`).
         texture: Share of what sampling changed about the start image that is kept, 0..1 (see
-            `RestorationPipeline._pass`).
+            `pipeline._keep_texture`).
         guidance: Settings of the guidance.
     """
 
