@@ -27,7 +27,7 @@ import torch
 from bench import ROOT, Bench, entry_of, say
 from embedded import autoencoder, calibration, refinement, show_bars
 from methods import bicubic, estimator_alone, grain, matched, pipeline, unsharp
-from networks import coarse, probe
+from networks import coarse, denoising, probe
 from torch import Tensor
 
 from latentindigo.data import sample_generator
@@ -286,7 +286,20 @@ def _contact_sheet(names: Sequence[str], folder: Path, keep: Path) -> None:
 
 SUITES: dict[str, Callable[[Bench], Sequence[str]]] = {
     suite.__name__: suite
-    for suite in (embedded, guided, presets, autoencoder, coarse, probe, refinement, calibration, nonblind, real, tune)
+    for suite in (
+        embedded,
+        guided,
+        presets,
+        autoencoder,
+        coarse,
+        probe,
+        denoising,
+        refinement,
+        calibration,
+        nonblind,
+        real,
+        tune,
+    )
 }
 
 

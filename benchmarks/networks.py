@@ -1,8 +1,9 @@
-"""Suites that look at one network at a time: coarse parts and round trips of the INNs, and what gamma knows."""
+"""Suites about one network at a time: coarse parts and round trips of the INNs, what gamma knows, the denoiser."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from latentindigo.images import list_images, pil_jpeg, pil_resize
 
 EXCLUDED = ("deep_photo_style", "ddnm_faces")  # Not used for training either.
 DAMAGE = ("blur", "noise", "jpeg")
+NOISE_LEVELS = (0.2, 0.4, 0.64, 0.8, 0.95)
 
 
 def coarse(bench: Bench) -> Sequence[str]:
@@ -184,3 +186,27 @@ def _embed(
             truths.append(torch.tensor(params.summary(), dtype=torch.float64) * units)
             estimates.append(torch.cat([said.blur, said.noise, said.jpeg]).double().cpu() * units)
     return names, torch.stack(gammas), torch.stack(truths), torch.stack(estimates)
+
+
+def denoising(bench: Bench) -> Sequence[str]:
+    """Error of the denoiser's estimate z_0, mean over coefficients, from latents of clean images at five noise levels.
+
+    The level is sigma/sqrt(alpha² + sigma²), so that v-prediction and flow matching are asked the same questions.
+    """
+    protocol = Protocol("denoising", "none", 1, "tune", crop=256)
+    pairs = bench.pairs(protocol, lambda x, generator: x)
+    prior = bench.prior
+    for strength in NOISE_LEVELS:
+        trajectory = prior.trajectory(1, strength)
+        alpha, sigma = trajectory.alpha_sigma(0)
+        level = sigma / math.hypot(alpha, sigma)
+        rows, errors = [], []
+        for pair in pairs:
+            z = prior.encode(pair.clean[None].to(prior.device))
+            noise = torch.randn(z.shape, generator=sample_generator(3, pair.number)).to(z)
+            z0 = trajectory.predict(alpha * z + sigma * noise, 0).z0
+            errors.append(float((z0 - z).square().mean()))
+            rows.append(make_row("denoiser", f"{strength:g}", protocol.name, pair.name, mse=errors[-1], level=level))
+        entry = {"mse": bootstrap_interval(errors), "level": bootstrap_interval([level] * len(errors))}
+        bench.add(rows, entry_of(rows[0], **entry))
+    return ("level", "mse")

@@ -27,8 +27,11 @@ from latentindigo.lifting import (
     lift,
     unlift,
 )
+from latentindigo.traces import TRACES, traces
 
-__all__ = ["DegradationEncoder", "DegradationEstimate", "Estimator", "InvertibleNet"]
+__all__ = ["VIEWS", "DegradationEncoder", "DegradationEstimate", "Estimator", "InvertibleNet"]
+
+VIEWS = 8  # Of an image: transposed or not, flipped along either axis or not.
 
 # The strongest degradations seen in training; they bring the three outputs of the degradation head to one scale.
 _BLUR_UNIT = 3.2
@@ -187,8 +190,8 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
     """The degradation encoder F: a degraded image of any size -> gamma.
 
     Statistics of the features of three scales are pooled over the whole image (`_pooled`): noise and compression show
-    in the fine ones, blur in how the three compare. Beside them stands how much the steps between neighbouring pixels
-    depend on their place in blocks of eight (`_blockiness`), JPEG's own mark.
+    in the fine ones, blur in how the three compare. Beside them stand what is known about damage and need not be
+    learned: how well y fits the steps of each JPEG quality, how blocky it is, how its spectrum falls (`traces`).
 
     Args:
         gamma_dim: Length d of the degradation embedding.
@@ -215,7 +218,7 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
             previous = current
         hidden = 2 * gamma_dim
         self.mlp = nn.Sequential(
-            nn.Linear(_STATISTICS * sum(widths) + 16, hidden),
+            nn.Linear(TRACES + _STATISTICS * sum(widths), hidden),
             nn.ReLU(),
             nn.Linear(hidden, gamma_dim),
             # A bounded embedding: an unusually damaged image cannot drive the networks it conditions out of range.
@@ -240,9 +243,9 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         _check_rgb(y)
         height, width = y.shape[-2:]
         dtype = self.head.weight.dtype
-        h = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT)) - 0.5
-        h = h.to(dtype=dtype, memory_format=torch.channels_last)
-        statistics = [_blockiness(y)]
+        y = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT))
+        statistics = [traces(y)]
+        h = (y - 0.5).to(dtype=dtype, memory_format=torch.channels_last)
         for stage in self.stages:
             h = stage(h)
             # Pooled in float32: bfloat16 would lose the small variances that tell noise levels apart.
@@ -281,25 +284,6 @@ def _pooled(features: Tensor) -> list[Tensor]:
     logarithms = (variance + 1e-6).log(), energy.log().mean((-2, -1)), -energy.reciprocal().mean((-2, -1)).log()
     # Logarithms of energies lie between about -11 and 1: brought to the size of the other statistics.
     return [mean, (variance + 1e-6).sqrt(), *(0.25 * (value + 5) for value in logarithms)]
-
-
-def _blockiness(y: Tensor) -> Tensor:
-    """How the mean step between neighbouring pixels differs among the 8 places in a block, (B, 16).
-
-    Logarithms less their mean, for columns and rows, in falling order: where the grid of blocks begins does not matter.
-    Zero for images of fewer than 9 pixels.
-    """
-    grey = y.mean(1)
-    found: list[Tensor] = []
-    for image in (grey, grey.transpose(-2, -1)):
-        steps = image.diff(dim=-1).abs().mean(-2)
-        whole = steps.shape[-1] // 8 * 8
-        if not whole:
-            found.append(steps.new_zeros(len(steps), 8))
-            continue
-        places = (steps[:, :whole].unflatten(-1, (-1, 8)).mean(1) + 1e-3).log()
-        found.append((places - places.mean(-1, keepdim=True)).sort(dim=-1, descending=True).values)
-    return 4 * torch.cat(found, dim=1)
 
 
 class Estimator(ModelMixin, ConfigMixin):
@@ -372,6 +356,43 @@ class Estimator(ModelMixin, ConfigMixin):
         basis = self.get_buffer("cells_4").to(coefficients.dtype)
         residual = F.pixel_shuffle(F.conv_transpose2d(0.25 * coefficients, basis), 4)
         return base + residual[..., : size[0], : size[1]].to(base.dtype)
+
+    def self_ensemble(
+        self, y: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"], levels: int = 2, views: int = VIEWS
+    ) -> Float[Tensor, "b 3 hx wx"]:
+        """Mean of the estimates of several views of y, each turned back (geometric self-ensemble, EDSR 2017).
+
+        A flipped photograph is a photograph; what the network says about one view and not about another is an error
+        of the network's. Costs `views` forward passes.
+
+        Args:
+            y: Degraded image (B, 3, h, w) in [0, 1], any size.
+            gamma: Degradation embedding (B, d) of y as it is, or (1, d).
+            levels: Scale as a power of two: 0, 1 or 2.
+            views: 1 (y alone) to 8.
+
+        Returns:
+            Estimate (B, 3, h * 2^levels, w * 2^levels), not clamped.
+
+        Raises:
+            ValueError: As the network itself, or if `views` is not 1 to 8.
+        """
+        if not 1 <= views <= VIEWS:
+            raise ValueError(f"1 to {VIEWS} views expected, got {views}")
+        total = self(y, gamma, levels)
+        for number in range(1, views):
+            total = total + _view(self(_view(y, number).contiguous(), gamma, levels), number, back=True)
+        return total / views
+
+
+def _view(x: Tensor, number: int, *, back: bool = False) -> Tensor:
+    """View 0..7 of an image: transposed, then flipped; or the way back from it."""
+    flips = [dim for bit, dim in ((2, -1), (4, -2)) if number & bit]
+    if back:
+        x = x.flip(flips)
+    if number & 1:
+        x = x.transpose(-2, -1)
+    return x if back else x.flip(flips)
 
 
 def _cell_basis(block: int) -> Tensor:

@@ -16,6 +16,7 @@ block: an ideal real-valued transform would land on other levels than the files 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from latentindigo.filters import Number, straight_through
 
-__all__ = ["jpeg"]
+__all__ = ["jpeg", "luma_tables"]
 
 # Annex K of the JPEG standard, which libjpeg scales by quality.
 _LUMA_TABLE = (
@@ -59,6 +60,18 @@ def _quantisation(table: tuple[tuple[int, ...], ...], quality: Tensor) -> Tensor
     scale = torch.where(quality < 50, torch.floor(5000 / quality), 200 - 2 * quality).reshape(-1, 1, 1, 1, 1, 1)
     base = torch.tensor(table, dtype=quality.dtype, device=quality.device)
     return torch.floor((base * scale + 50) / 100).clamp(1, 255)
+
+
+def luma_tables(qualities: Sequence[float]) -> Float[Tensor, "n 8 8"]:
+    """Steps of the luma's coefficients for each quality, rows of vertical frequency, as libjpeg scales them.
+
+    Args:
+        qualities: Qualities, 1..100.
+
+    Returns:
+        (n, 8, 8) whole numbers, float32.
+    """
+    return _quantisation(_LUMA_TABLE, torch.tensor(qualities, dtype=torch.float32)).reshape(-1, 8, 8)
 
 
 def _code_plane(plane: Tensor, table: Tensor) -> Tensor:

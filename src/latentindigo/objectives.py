@@ -3,7 +3,7 @@
 | part | trained networks | loss (names of the method) |
 | --- | --- | --- |
 | autoencoder | E, D | L1(D(E(x)), x) + L1 of its gradients |
-| denoiser | latent denoiser | v-prediction: ‖v(z_t, t) - (alpha eps - sigma z_0)‖² |
+| denoiser | latent denoiser | v-prediction ‖v(z_t, t) - (alpha eps - sigma z_0)‖², or flow ‖v(z_t, t) - (eps - z_0)‖² |
 | estimator | stage-one estimate and F | log ‖estimate(y, gamma) - x‖² + regression of the damage from gamma |
 | pixel-inn | g (pixels) | ‖x_c - y‖² + lambda ‖g⁻¹(y, x_d, gamma) - x‖² + mu ‖g⁻¹(x_c, 0, gamma) - x‖² |
 | latent-inn | g (latents) | the first two on z = E(x) with target E(y) |
@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, ModelMixin, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, UNet2DModel
 from torch import Tensor, nn
 
 from latentindigo.autoencoder import PatchAutoencoder, fit_patch_basis
@@ -202,9 +202,13 @@ class AutoencoderObjective(Objective):
 
 
 class DenoiserObjective(Objective):
-    """The latent denoiser: v-prediction at timesteps drawn as 999 u^timestep_power."""
+    """The latent denoiser: v-prediction or flow matching, at the noise levels of timesteps 999 u^timestep_power.
 
-    settings = frozenset({"base", "timestep_power"})
+    Both see the same noise levels sigma/alpha. Flow matching scales z_t to alpha + sigma = 1, tells the network its
+    time t = sigma, and predicts eps - z_0.
+    """
+
+    settings = frozenset({"base", "prediction", "timestep_power"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -212,7 +216,11 @@ class DenoiserObjective(Objective):
         self.vae = _frozen(PatchAutoencoder.from_pretrained(base / "vae"))
         self.denoiser = UNet2DModel(**model)
         self.networks = {"denoiser": self.denoiser}
-        self.scheduler = DDIMScheduler(
+        prediction = settings.get("prediction", "v")
+        if prediction not in ("v", "flow"):
+            raise ValueError(f"prediction must be 'v' or 'flow', got {prediction!r}")
+        self.flow = prediction == "flow"
+        diffusion = DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
@@ -221,7 +229,8 @@ class DenoiserObjective(Objective):
             set_alpha_to_one=True,
             timestep_spacing="trailing",
         )
-        self.register_buffer("alpha_bar", self.scheduler.alphas_cumprod.float(), persistent=False)
+        self.scheduler = FlowMatchEulerDiscreteScheduler() if self.flow else diffusion
+        self.register_buffer("alpha_bar", diffusion.alphas_cumprod.float(), persistent=False)
         # Low noise is where restoration spends its steps: t = 999 u^power, power 1 is uniform.
         self.timestep_power = float(settings.get("timestep_power", 1.3))
 
@@ -242,18 +251,26 @@ class DenoiserObjective(Objective):
             z = self.vae.encode(batch["x"] * 2 - 1).latents.float()
         alpha_bar = self.get_buffer("alpha_bar")[batch["t"]][:, None, None, None]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.flow:
+            alpha, sigma = alpha / (alpha + sigma), sigma / (alpha + sigma)
         return z, alpha * z + sigma * batch["noise"], alpha, sigma
 
+    def _output(self, z_t: Tensor, batch: dict[str, Tensor], sigma: Tensor) -> Tensor:
+        times = 1000 * sigma.flatten() if self.flow else batch["t"]
+        return self.denoiser(z_t, times).sample.float()
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """‖v - v_target‖², v_target = alpha eps - sigma z_0."""
+        """‖v - v_target‖², v_target = alpha eps - sigma z_0, or eps - z_0 for flow matching."""
         z, z_t, alpha, sigma = self._noised(batch)
-        v = self.denoiser(z_t, batch["t"]).sample.float()
-        return {"loss": (v - (alpha * batch["noise"] - sigma * z)).square().mean()}
+        noise = batch["noise"]
+        target = noise - z if self.flow else alpha * noise - sigma * z
+        return {"loss": (self._output(z_t, batch, sigma) - target).square().mean()}
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clean image, noisy latents decoded, and the denoised estimate z_0 decoded."""
         _, z_t, alpha, sigma = self._noised(batch)
-        z0 = alpha * z_t - sigma * self.denoiser(z_t, batch["t"]).sample.float()
+        output = self._output(z_t, batch, sigma)
+        z0 = z_t - sigma * output if self.flow else alpha * z_t - sigma * output
         shown = {"D(z_t)": z_t, "D(z0)": z0}
         return {"x": batch["x"]} | {k: (self.vae.decode(v).sample + 1) / 2 for k, v in shown.items()}
 

@@ -51,7 +51,6 @@ from latentindigo.guidance import (
     LinearForward,
     PixelINN,
     Update,
-    draw_noise,
     make_regulariser,
     trusted_target,
 )
@@ -61,11 +60,11 @@ from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
 from latentindigo.sampler import restore_latent
+from latentindigo.texture import draw_around, keep_chroma, keep_texture
 from latentindigo.tiling import TilingConfig, tiled_map
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
-MAX_DEPARTURE = 1.5  # Of a sample from the estimate, in standard deviations of the estimate's error.
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
@@ -251,6 +250,8 @@ class RestorationPipeline(DiffusionPipeline):
         residual: float | None = None,
         spread: float | None = None,
         texture: float | None = None,
+        chroma: float | None = None,
+        ensemble: int | None = None,
     ) -> RestorationOutput:
         """Restore one image, a batch, or a list of images of any sizes.
 
@@ -280,6 +281,8 @@ class RestorationPipeline(DiffusionPipeline):
             residual: Share of what the autoencoder lost of the start image that is added back, 0..1.
             spread: Share of the stage-one estimate's uncertainty that is drawn before sampling, 0..1.
             texture: Share of what sampling changed about the start image that is kept, 0..1.
+            chroma: Share of what it changed about the colours that is kept, 0..1.
+            ensemble: Views of y (flipped, transposed) over which the stage-one estimate is averaged, 1..8.
 
         Returns:
             Images, maps of invented detail, uncertainty, and the settings used.
@@ -296,6 +299,7 @@ class RestorationPipeline(DiffusionPipeline):
         chosen = self._resolve(
             preset, fidelity, operator, method=method, update=update, init=init, steps=steps, strength=strength,
             guidance=guidance, eta=eta, residual=residual, spread=spread, texture=texture,
+            chroma=chroma, ensemble=ensemble,
         )  # fmt: skip
         run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
@@ -379,7 +383,7 @@ class RestorationPipeline(DiffusionPipeline):
         noise = self.degradation_encoder.estimate(gamma).noise.float()
         gamma = gamma.to(self.pixel_inn.dtype)
         padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
-        begin = self._start(padded, gamma, plan, settings.init, operator, tiling)
+        begin = self._start(padded, gamma, plan, settings, operator, tiling)
         start = prior.encode(begin)
         trajectory = prior.trajectory(
             settings.steps, 1.0 if settings.init == "noise" else settings.strength, eta=settings.eta
@@ -394,17 +398,19 @@ class RestorationPipeline(DiffusionPipeline):
         before = copy.copy(calls)
         regulariser = make_regulariser(settings.guidance, prior)
         spread = self._spread(start, gamma, settings, operator)
-        seeded = _draw_around(start, spread, settings, generators)
+        seeded = draw_around(start, spread, settings.spread, generators)
         z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
 
         if settings.init != "noise":
-            z = _keep_texture(z, start, spread, settings)
+            z = keep_texture(z, start, spread, settings.texture)
         x = prior.decode(z)
-        if settings.residual and settings.init != "noise":
+        if settings.init != "noise" and (settings.residual or settings.chroma < 1):
             # What the autoencoder alone loses of the start image is no judgement of the prior's: give it back.
-            x = x + settings.residual * (begin - prior.decode(start))
+            kept = prior.decode(start)
+            unchanged = kept + settings.residual * (begin - kept)
+            x = keep_chroma(x + unchanged - kept, unchanged, settings.chroma)
         if operator is not None and data is not None:
             # What was measured is kept to the pixel; only the rest is the prior's.
             x = OnCanvas(operator, plan).project(x, y, float(noise.mean()))
@@ -420,7 +426,7 @@ class RestorationPipeline(DiffusionPipeline):
         y: Tensor,
         gamma: Tensor,
         plan: Plan,
-        init: Init | str,
+        settings: Preset,
         operator: Operator | None,
         tiling: TilingConfig | None,
     ) -> Tensor:
@@ -428,14 +434,14 @@ class RestorationPipeline(DiffusionPipeline):
         size = (plan.padded_height * 2**plan.levels, plan.padded_width * 2**plan.levels)
         if operator is not None:
             return pad_to(operator.initial(y), size[1], size[0]).clamp(0, 1)
-        if init == "estimator" and self.estimator is not None:
+        if settings.init == "estimator" and self.estimator is not None:
             levels, estimator = min(plan.levels, 2), self.estimator
             weights = gamma.to(estimator.dtype)
             if tiling is None:
-                x = estimator(y, weights, levels)
+                x = estimator.self_ensemble(y, weights, levels, settings.ensemble)
             else:
                 x = tiled_map(
-                    lambda part: estimator(part, weights, levels),
+                    lambda part: estimator.self_ensemble(part, weights, levels, settings.ensemble),
                     y,
                     tiling.tile >> levels,
                     tiling.overlap >> levels,
@@ -443,7 +449,7 @@ class RestorationPipeline(DiffusionPipeline):
                     multiple=4 if levels == 0 else 2 if levels == 1 else 1,
                 )
             x = x.float().clamp(0, 1)
-        elif init == "inverse":
+        elif settings.init == "inverse":
             # g⁻¹(y, 0, gamma): y with every detail set to zero.
             x = self.pixel_inn.inverse(
                 y.to(self.pixel_inn.dtype), self._no_details(y, plan.levels), gamma, plan.levels
@@ -508,32 +514,6 @@ class RestorationPipeline(DiffusionPipeline):
         coarse, _ = self.pixel_inn(x, gamma, levels)
         measured = self.pixel_inn.inverse(coarse, self._no_details(coarse, levels), gamma, levels)
         return (x - measured).abs().mean(1, keepdim=True).float().clamp(0, 1)
-
-
-def _draw_around(
-    start: Tensor, spread: Tensor | None, settings: Preset, generators: Sequence[torch.Generator]
-) -> Tensor:
-    """A draw around the latent of the stage-one estimate, as far from it as the truth is likely to be *(ours)*.
-
-    The estimate is a mean: it lacks what it could not know, and noise of one level for all coefficients leaves most of
-    that lacking. The prior takes a smooth start for a smooth picture.
-    """
-    if spread is None or not settings.spread:
-        return start
-    return start + settings.spread * spread * draw_noise(start, generators)
-
-
-def _keep_texture(z: Tensor, start: Tensor, spread: Tensor | None, settings: Preset) -> Tensor:
-    """The share of a sample's departure from the start that is kept *(ours)*.
-
-    The whole departure is a sample's realism at a sample's error, twice that of the mean; a share a of it costs a² of
-    that and gives a² of the energy. No coefficient departs by more than MAX_DEPARTURE times the spread: what lies
-    further off is a mistake of the prior's, and where little was lost, little may change.
-    """
-    departure = z - start
-    if spread is not None:
-        departure = torch.clamp(departure, -MAX_DEPARTURE * spread, MAX_DEPARTURE * spread)
-    return start + settings.texture * departure
 
 
 def _noise_gain(prior: LatentPrior) -> Tensor:

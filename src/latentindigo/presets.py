@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentindigo.guidance import UPDATES, GuidanceConfig, Update
+from latentindigo.inn import VIEWS
 
 __all__ = ["INITS", "METHODS", "PRESETS", "Preset", "blend_presets", "load_presets", "save_presets"]
 
@@ -36,8 +37,9 @@ class Preset:
         residual: Share of what the autoencoder lost of the start image that is added back at the end, 0..1.
         spread: Share of the estimate's own uncertainty that is drawn before sampling, 0..1 (see
             `InvertibleNet.spread`).
-        texture: Share of what sampling changed about the start image that is kept, 0..1 (see
-            `pipeline._keep_texture`).
+        texture: Share of what sampling changed about the start image that is kept, 0..1 (see `texture.keep_texture`).
+        chroma: Share of what it changed about the colours that is kept, 0..1 (see `texture.keep_chroma`).
+        ensemble: Views of y over which the stage-one estimate is averaged, 1..8 (see `Estimator.self_ensemble`).
         guidance: Settings of the guidance.
     """
 
@@ -50,6 +52,8 @@ class Preset:
     residual: float = 1.0
     spread: float = 0.0
     texture: float = 1.0
+    chroma: float = 1.0
+    ensemble: int = 1
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
@@ -58,17 +62,19 @@ class Preset:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 1 <= self.ensemble <= VIEWS:
+            raise ValueError(f"ensemble must lie in 1..{VIEWS}, the views of an image, got {self.ensemble}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], 1 = pure noise, got {self.strength}")
-        for name in ("eta", "residual", "spread", "texture"):
+        for name in ("eta", "residual", "spread", "texture", "chroma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 PRESETS: dict[str, Preset] = {
-    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08),
-    "default": Preset(steps=8, strength=0.8, spread=0.7, texture=0.7),
-    "vivid": Preset(steps=10, strength=0.8, spread=1.0, texture=1.0),
+    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08, chroma=0.25, ensemble=8),
+    "default": Preset(steps=8, strength=0.8, spread=0.7, texture=0.7, chroma=0.25, ensemble=4),
+    "vivid": Preset(steps=8, strength=0.5, spread=1.0, texture=1.0, chroma=0.25, ensemble=4),
 }
 
 

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
+from latentindigo.jpeg import jpeg
 from latentindigo.lifting import lift
+from latentindigo.traces import COMB_QUALITIES, TRACES, traces
 from tolerances import assert_close, in_dtype, randomise_
 
 GAMMA_DIM = 6
@@ -585,3 +587,82 @@ def test_a_network_that_differs_when_compiled_is_found() -> None:
         check_compiled_is_eager(
             make_estimator(OtherWhenCompiled), draw(1, 3, 8, 8), draw_gamma(), 2, backend="aot_eager"
         )
+
+
+# --------------------------------------------------------------------------------------------------- self-ensemble
+
+Ensemble = Callable[[Estimator, Tensor, Tensor, int], Tensor]
+
+
+@torch.no_grad()
+def check_ensemble(ensemble: Ensemble, levels: int) -> None:
+    """The mean over all views of a flipped or transposed image is the flipped or transposed mean."""
+    net, y, gamma = make_estimator(), draw(2, 3, 8, 12), draw_gamma(2)
+    straight = ensemble(net, y, gamma, levels)
+    assert float((straight - net(y, gamma, levels)).abs().max()) > 1e-3
+    for turn in (lambda u: u.flip(-1), lambda u: u.flip(-2), lambda u: u.transpose(-2, -1)):
+        turned = ensemble(net, turn(y).contiguous(), gamma, levels)
+        assert_close(turned, turn(straight), torch.float32)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_a_self_ensemble_knows_no_direction(levels: int) -> None:
+    check_ensemble(Estimator.self_ensemble, levels)
+
+
+def test_a_missing_view_is_found() -> None:
+    def fewer(net: Estimator, y: Tensor, gamma: Tensor, levels: int) -> Tensor:
+        return net.self_ensemble(y, gamma, levels, views=7)
+
+    with pytest.raises(AssertionError):
+        check_ensemble(fewer, 2)
+
+
+def test_one_view_is_the_network_and_views_are_counted() -> None:
+    net, y, gamma = make_estimator(), draw(1, 3, 7, 9), draw_gamma()
+    assert torch.equal(net.self_ensemble(y, gamma, 1, views=1), net(y, gamma, 1))
+    for views in (0, 9):
+        with pytest.raises(ValueError, match=f"1 to 8 views expected, got {views}"):
+            net.self_ensemble(y, gamma, 1, views=views)
+
+
+# ------------------------------------------------------------------------------------------------- traces of damage
+
+Combs = Callable[[Tensor], Tensor]
+
+
+def told_quality(combs: Combs, y: Tensor) -> Tensor:
+    """The quality whose comb fits best; of qualities whose steps divide one another, all fit: the coarsest counts."""
+    fits = combs(y)[:, : len(COMB_QUALITIES)]
+    good = fits > 0.8 * fits.max(1, keepdim=True).values
+    return torch.tensor(COMB_QUALITIES)[good.float().argmax(1)]
+
+
+def check_combs(combs: Combs) -> None:
+    """The combs name the quality of a JPEG file, whatever the picture."""
+    cells = torch.nn.functional.interpolate(draw(4, 3, 24, 20), scale_factor=4, mode="bicubic").clamp(0, 1)
+    noisy = (cells + 0.05 * torch.randn(cells.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    for quality in (10, 30, 50, 70, 90):
+        assert told_quality(combs, jpeg(noisy, quality)).tolist() == [quality] * 4
+
+
+def jpeg_combs_of(y: Tensor) -> Tensor:
+    return traces(y)[:, 16 : 16 + 2 * len(COMB_QUALITIES)]
+
+
+def test_combs_tell_the_quality() -> None:
+    check_combs(jpeg_combs_of)
+
+
+def test_combs_off_the_grid_are_found() -> None:
+    with pytest.raises(AssertionError):
+        check_combs(lambda y: jpeg_combs_of(y.roll((3, 2), (-2, -1))))
+
+
+def test_traces_are_finite_and_counted() -> None:
+    for y in (torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 9, 70), draw(2, 3, 31, 8)):
+        found = traces(y)
+        assert found.shape == (2, TRACES)
+        assert bool(found.isfinite().all())
+    with pytest.raises(ValueError, match="at least 8 pixels"):
+        traces(torch.zeros(1, 3, 7, 20))

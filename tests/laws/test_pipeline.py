@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 import latentindigo.pipeline as pipeline_module
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
+from latentindigo.texture import MAX_DEPARTURE, keep_texture
 from tiny import tiny_pipeline as build_pipeline
 from tolerances import TOL, assert_close
 
@@ -215,26 +215,51 @@ def check_texture(restore: Restore) -> None:
     assert float((half - (none + full) / 2).abs().mean()) < 0.25 * float((full - none).abs().mean())
 
 
-def check_departure(pipe: RestorationPipeline, keep: Callable[..., Tensor]) -> None:
+def check_departure(keep: Callable[..., Tensor]) -> None:
     """No coefficient of what is kept departs from the start by more than so many standard deviations."""
     start, spread = torch.randn(2, 4, 5, 6), torch.rand(2, 4, 5, 6)
-    settings = dataclasses.replace(pipe.presets["vivid"], texture=0.8)
     for size in (0.1, 10.0):
         z = start + size * torch.randn(start.shape)
-        kept = keep(z, start, spread, settings) - start
-        assert bool((kept.abs() <= 0.8 * pipeline_module.MAX_DEPARTURE * spread + 1e-6).all())
+        kept = keep(z, start, spread, 0.8) - start
+        assert bool((kept.abs() <= 0.8 * MAX_DEPARTURE * spread + 1e-6).all())
         near = (z - start).abs() < spread
         assert_close(kept[near], 0.8 * (z - start)[near], torch.float32)
-        assert_close(keep(z, start, None, settings) - start, 0.8 * (z - start), torch.float32)
+        assert_close(keep(z, start, None, 0.8) - start, 0.8 * (z - start), torch.float32)
 
 
-def test_departures_are_limited(tiny_pipeline: RestorationPipeline) -> None:
-    check_departure(tiny_pipeline, pipeline_module._keep_texture)
+def test_departures_are_limited() -> None:
+    check_departure(keep_texture)
 
 
-def test_an_unlimited_departure_is_found(tiny_pipeline: RestorationPipeline) -> None:
+def test_an_unlimited_departure_is_found() -> None:
     with pytest.raises(AssertionError):
-        check_departure(tiny_pipeline, lambda z, start, spread, s: start + s.texture * (z - start))
+        check_departure(lambda z, start, spread, share: start + share * (z - start))
+
+
+def check_chroma(restore: Restore) -> None:
+    """Without its share of colour a sample changes brightness only, and by as much as before."""
+    settings: dict[str, Any] = {"scale": 2, "strength": 0.5, "spread": 1.0, "residual": 1.0, **FAST}
+    # Away from black and white, where clamping bends colours, and small changes for the same reason.
+    dull = 0.5 + 0.2 * (photo() - 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_module, "wavelet_color_fix", lambda x, reference: x)
+        start, whole, grey = (
+            restore(dull, texture=share, chroma=chroma, **settings).images[0]
+            for share, chroma in ((0.0, 1.0), (0.1, 1.0), (0.1, 0.0))
+        )
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    change = ((whole - start) * luma).sum(0)
+    assert float(change.abs().mean()) > 1e-3
+    assert_close(grey - start, change.expand(3, -1, -1), torch.float32)
+
+
+def test_colours_change_by_a_share(tiny_pipeline: RestorationPipeline) -> None:
+    check_chroma(tiny_pipeline)
+
+
+def test_colours_that_change_are_found(tiny_pipeline: RestorationPipeline) -> None:
+    with pytest.raises(AssertionError):
+        check_chroma(lambda image, chroma, **settings: tiny_pipeline(image, **settings))
 
 
 def test_texture_is_a_share(tiny_pipeline: RestorationPipeline) -> None:
@@ -273,19 +298,19 @@ def test_the_spread_is_drawn(tiny_pipeline: RestorationPipeline) -> None:
 
 
 def test_a_spread_of_one_size_is_found(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = pipeline_module._draw_around
+    inner = pipeline_module.draw_around
 
     def flat(start: Tensor, *rest: Any) -> Tensor:
         moved = inner(start, *rest) - start
         return start + moved.sign() * moved.abs().mean()
 
-    monkeypatch.setattr(pipeline_module, "_draw_around", flat)
+    monkeypatch.setattr(pipeline_module, "draw_around", flat)
     with pytest.raises(AssertionError):
         check_spread(tiny_pipeline)
 
 
 def test_alone_is_batch_with_spread(tiny_pipeline: RestorationPipeline) -> None:
-    check_alone_is_batch(tiny_pipeline, scale=2, spread=0.7, texture=0.6, **FAST)
+    check_alone_is_batch(tiny_pipeline, scale=2, spread=0.7, texture=0.6, chroma=0.5, ensemble=3, **FAST)
 
 
 # --- save -> load -> same output; settings reproduce -----------------------------------------------------------------

@@ -70,7 +70,10 @@ def check_commands(text: str) -> int:
 def check_presets(text: str, folder: Path) -> None:
     """Raise AssertionError unless the README's table of presets shows the values of a model."""
     for name, preset in load_presets(folder).items():
-        numbers = (preset.steps, preset.strength, preset.spread, preset.texture)
+        numbers = (
+            *(preset.steps, preset.strength, preset.spread, preset.texture),
+            *(preset.chroma, preset.ensemble),
+        )
         values = (preset.method, preset.update, preset.init, *(f"{number:g}" for number in numbers))
         expected = f"| `{name}` | {' | '.join(values)} |"
         assert expected in text, f"README.md, table of presets: expected the row {expected!r}"

@@ -31,6 +31,9 @@ EQUATIONS = (
     "Band mix",
     "Coarse gain",
     "Pooled statistics",
+    "Traces of damage",
+    "JPEG combs",
+    "Self-ensemble",
     "PixelINN training loss",
     "LatentINN training loss",
     "Training of the estimate",
@@ -75,6 +78,7 @@ EQUATIONS = (
     "Spread of the estimate",
     "Draw around the estimate",
     "Texture",
+    "Chroma",
     "Counted calls",
 )
 
