@@ -193,7 +193,7 @@ def denoising(bench: Bench) -> Sequence[str]:
 
     The level is sigma/sqrt(alpha² + sigma²), so that v-prediction and flow matching are asked the same questions.
     """
-    protocol = Protocol("denoising", "none", 1, "tune", crop=256)
+    protocol = Protocol("denoising", "none", 1, "tune", crop=192)
     pairs = bench.pairs(protocol, lambda x, generator: x)
     prior = bench.prior
     for strength in NOISE_LEVELS:
