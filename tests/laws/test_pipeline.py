@@ -113,7 +113,7 @@ def test_reproducible_catches_global_noise(tiny_pipeline: RestorationPipeline, m
 def test_reproducible_catches_an_ignored_seed(
     tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("sampler", "pipeline"):
+    for module in ("sampler", "texture"):
         monkeypatch.setattr(f"latentindigo.{module}.draw_noise", lambda like, generators: torch.ones_like(like))
     with pytest.raises(AssertionError):
         check_reproducible(tiny_pipeline)
