@@ -26,8 +26,10 @@ __all__ = [
     "add_gaussian_noise",
     "add_poisson_noise",
     "blur",
+    "dct_matrix",
     "gaussian_kernel",
     "generalised_gaussian_kernel",
+    "luma",
     "plateau_kernel",
     "resize",
     "round8",
@@ -274,14 +276,30 @@ def add_poisson_noise(
     if strength == 0:
         return x.clamp(0, 1)
     base = x.clamp(0, 1)
-    signal = _luma(base) if grey else base
+    signal = luma(base) if grey else base
     photons = (signal.detach() * 256).float().to(generator.device)
     noise = torch.poisson(photons, generator=generator).to(x) / 256 - signal.detach()
     return (base + strength * noise).clamp(0, 1)
 
 
-def _luma(x: Tensor) -> Tensor:
+def luma(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Brightness of an image (Rec. 601), or the mean of its channels where they are not three.
+
+    Args:
+        x: (B, C, H, W).
+
+    Returns:
+        (B, 1, H, W) in the range of `x`; linear in it.
+    """
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device).reshape(1, 3, 1, 1)
     return (x * weights).sum(dim=1, keepdim=True)
+
+
+def dct_matrix(size: int) -> Float[Tensor, "n n"]:
+    """Orthonormal DCT-II D of a length, float64: D v are the coefficients of v, D b D^T those of a square block b."""
+    place = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (2 * place[None] + 1) * place[:, None] / (2 * size)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix

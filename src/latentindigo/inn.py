@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latentindigo.filters import dct_matrix
 from latentindigo.lifting import (
     BandMix,
     CoarseGain,
@@ -401,9 +402,7 @@ def _cell_basis(block: int) -> Tensor:
     Channels in: colour, row, column, as pixel-unshuffling leaves them. Channels out: colour, vertical and horizontal
     frequency.
     """
-    place = torch.arange(block, dtype=torch.float64)
-    waves = torch.cos(torch.pi / block * (place[None] + 0.5) * place[:, None]) * (2 / block) ** 0.5
-    waves[0] /= 2**0.5
+    waves = dct_matrix(block)
     return torch.kron(torch.eye(3, dtype=torch.float64), torch.kron(waves, waves)).float()[:, :, None, None]
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from latentindigo.filters import Number, straight_through
+from latentindigo.filters import Number, dct_matrix, straight_through
 
 __all__ = ["jpeg", "luma_tables"]
 
@@ -46,13 +46,6 @@ _CHROMA_TABLE = (
 ) + ((99,) * 8,) * 4
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 _TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
-
-
-def _dct_matrix(like: Tensor) -> Tensor:
-    n = torch.arange(8, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (2 * n[None, :] + 1) * n[:, None] / 16) / 2
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(like)
 
 
 def _quantisation(table: tuple[tuple[int, ...], ...], quality: Tensor) -> Tensor:
@@ -78,7 +71,7 @@ def _code_plane(plane: Tensor, table: Tensor) -> Tensor:
     """Transform, quantise and transform back planes (B, C, h, 8n) in [0, 255]; h is padded to a multiple of 8."""
     plane = F.pad(plane, (0, 0, 0, -plane.shape[-2] % 8), mode="replicate")
     batch, channels, height, width = plane.shape
-    dct = _dct_matrix(plane)
+    dct = dct_matrix(8).to(plane)
     blocks = (plane - 128).reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
     coefficients = dct @ blocks @ dct.T
     # libjpeg's integer transform gives rows in units of 1/(4 sqrt 8) and coefficients in units of 1/8, and its

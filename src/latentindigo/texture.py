@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.filters import luma
 from latentindigo.guidance import draw_noise
 
 __all__ = ["draw_around", "keep_chroma", "keep_texture"]
 
 MAX_DEPARTURE = 1.5  # Of a sample from the estimate, in standard deviations of the estimate's error.
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def draw_around(
@@ -85,5 +85,5 @@ def keep_chroma(x: Float[Tensor, "b 3 h w"], begin: Float[Tensor, "b 3 h w"], sh
         The image; its luma (BT.601) is that of `x` whatever the share.
     """
     change = x - begin
-    luma = torch.einsum("c,bchw->bhw", change.new_tensor(_LUMA), change)[:, None]
-    return begin + luma + share * (change - luma)
+    brightness = luma(change)
+    return begin + brightness + share * (change - brightness)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.filters import dct_matrix, luma
 from latentindigo.jpeg import luma_tables
 
 __all__ = ["TRACES", "traces"]
@@ -52,12 +53,10 @@ def traces(y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
 
 def _block_coefficients(y: Tensor) -> Float[Tensor, "b blocks 64"]:
     """Orthonormal DCT of the whole 8x8 blocks of the luma of y, in 8-bit levels."""
-    luma = torch.einsum("c,bchw->bhw", y.new_tensor([0.299, 0.587, 0.114]), y)[:, None] * 255 - 128
-    height, width = (side // _BLOCK * _BLOCK for side in luma.shape[-2:])
-    blocks = F.unfold(luma[..., :height, :width], _BLOCK, stride=_BLOCK).transpose(1, 2)
-    place = torch.arange(_BLOCK, dtype=torch.float64)
-    waves = torch.cos(math.pi / _BLOCK * (place[None] + 0.5) * place[:, None]) / 2
-    waves[0] /= math.sqrt(2)
+    height, width = (side // _BLOCK * _BLOCK for side in y.shape[-2:])
+    levels = luma(y[..., :height, :width]) * 255 - 128
+    blocks = F.unfold(levels, _BLOCK, stride=_BLOCK).transpose(1, 2)
+    waves = dct_matrix(_BLOCK)
     return blocks @ torch.kron(waves, waves).to(blocks).T
 
 
