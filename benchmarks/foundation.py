@@ -102,6 +102,7 @@ def _against_baselines(bench: Bench, columns: Sequence[str]) -> Sequence[str]:
 
 def presets(bench: Bench) -> Sequence[str]:
     """The presets on the standard degradations, at scale 4 beside their controls and medium in 50 steps."""
+    columns: Sequence[str] = COLUMNS
     for name in ("mild", "medium", "severe", "random", "noise15", "jpeg15", "blur1.5-noise5"):
         scale = STANDARD[name].scale
         protocol = Protocol(name, name, scale, "val")
@@ -125,7 +126,10 @@ def presets(bench: Bench) -> Sequence[str]:
             many = pipeline(bench.pipe, scale, preset="default", steps=50)
             bench.run(protocol, pairs, "preset", "default, 50 steps", many)
             bench.difference(name, ("preset", "default"), ("preset", "default, 50 steps"), "50 steps")
-    return _against_baselines(bench, COLUMNS)
+        # After each protocol, so that a run that is cut short keeps the differences of what it has.
+        columns = _against_baselines(bench, COLUMNS)
+        bench.save()
+    return columns
 
 
 def tune(bench: Bench) -> Sequence[str]:
