@@ -63,7 +63,8 @@ def guided(bench: Bench) -> Sequence[str]:
     pairs = bench.pairs(protocol)
     baselines(bench, protocol, pairs)
     zetas = {"latent-inn": args.zeta_latent, "pixel-inn": args.zeta_pixel}
-    # What the sampling alone gives: nothing drawn before it, nothing of the start image mixed in at the end.
+    # What the sampling alone gives: nothing drawn before it, nothing of the start image mixed in at the end. With its
+    # colours or its coarse band mixed in, the unguided run would already have part of what guidance gives.
     start = {
         "init": "estimator",
         "strength": STRENGTH,
@@ -71,6 +72,8 @@ def guided(bench: Bench) -> Sequence[str]:
         "residual": 0.0,
         "spread": 0.0,
         "texture": 1.0,
+        "chroma": 1.0,
+        "coarse": 1.0,
     }
     unguided = ("unguided", "")
     bench.run(protocol, pairs, *unguided, pipeline(pipe, 4, method="unguided", **start))

@@ -4,7 +4,8 @@
 
 The curve. Let the stage-one estimate be the posterior mean, with squared error m and a share e of the clean image's
 gradient energy. An exact posterior sample departs from it by as much as the truth does; a share a of that departure
-gives the error m (1 + a²) and the energy e + a² (1 - e). Nothing above the curve can be had without a better mean.
+gives the error m (1 + a²) and the energy e + a² (1 - e). What lies above it keeps less of the departure in low bands
+than in high ones, where a squared error buys more gradient energy; the controls do the same.
 """
 
 from __future__ import annotations

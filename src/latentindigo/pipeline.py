@@ -60,7 +60,7 @@ from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
 from latentindigo.sampler import restore_latent
-from latentindigo.texture import draw_around, keep_chroma, keep_texture
+from latentindigo.texture import draw_around, keep_chroma, keep_coarse, keep_texture, uneven
 from latentindigo.tiling import TilingConfig, tiled_map
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
@@ -251,6 +251,8 @@ class RestorationPipeline(DiffusionPipeline):
         spread: float | None = None,
         texture: float | None = None,
         chroma: float | None = None,
+        coarse: float | None = None,
+        same_size: float | None = None,
         ensemble: int | None = None,
     ) -> RestorationOutput:
         """Restore one image, a batch, or a list of images of any sizes.
@@ -280,8 +282,10 @@ class RestorationPipeline(DiffusionPipeline):
             eta: Share of fresh noise in each step, for schedulers that know it.
             residual: Share of what the autoencoder lost of the start image that is added back, 0..1.
             spread: Share of the stage-one estimate's uncertainty that is drawn before sampling, 0..1.
-            texture: Share of what sampling changed about the start image that is kept, 0..1.
+            texture: Share of what sampling changed about the start image that is kept, 0..2.
             chroma: Share of what it changed about the colours that is kept, 0..1.
+            coarse: Share of what it changed where the input itself shows the image that is kept, 0..1.
+            same_size: Factor on `texture` where the output is about as large as the input, 0..1.
             ensemble: Views of y (flipped, transposed) over which the stage-one estimate is averaged, 1..8.
 
         Returns:
@@ -299,7 +303,7 @@ class RestorationPipeline(DiffusionPipeline):
         chosen = self._resolve(
             preset, fidelity, operator, method=method, update=update, init=init, steps=steps, strength=strength,
             guidance=guidance, eta=eta, residual=residual, spread=spread, texture=texture,
-            chroma=chroma, ensemble=ensemble,
+            chroma=chroma, coarse=coarse, same_size=same_size, ensemble=ensemble,
         )  # fmt: skip
         run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
@@ -404,13 +408,16 @@ class RestorationPipeline(DiffusionPipeline):
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
 
         if settings.init != "noise":
-            z = keep_texture(z, start, spread, settings.texture)
+            share = settings.texture * (1.0 if plan.levels else settings.same_size)
+            z = keep_texture(z, start, spread, share)
         x = prior.decode(z)
-        if settings.init != "noise" and (settings.residual or settings.chroma < 1):
+        if settings.init != "noise" and (settings.residual or min(settings.chroma, settings.coarse) < 1):
             # What the autoencoder alone loses of the start image is no judgement of the prior's: give it back.
             kept = prior.decode(start)
             unchanged = kept + settings.residual * (begin - kept)
             x = keep_chroma(x + unchanged - kept, unchanged, settings.chroma)
+            # At scale 1 y has no band of its own above its grid: half its resolution is taken for well seen.
+            x = keep_coarse(x, unchanged, max(2, 2**plan.levels), settings.coarse)
         if operator is not None and data is not None:
             # What was measured is kept to the pixel; only the rest is the prior's.
             x = OnCanvas(operator, plan).project(x, y, float(noise.mean()))
@@ -465,7 +472,7 @@ class RestorationPipeline(DiffusionPipeline):
         blind_estimate = operator is None and settings.init == "estimator" and self.estimator is not None
         if not blind_estimate or self.latent_inn is None or not self.latent_inn.has_spread:
             return None
-        return self.latent_inn.spread(start, gamma.to(self.latent_inn.dtype))
+        return uneven(self.latent_inn.spread(start, gamma.to(self.latent_inn.dtype)))
 
     def _data_term(
         self,

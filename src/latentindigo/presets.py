@@ -37,8 +37,11 @@ class Preset:
         residual: Share of what the autoencoder lost of the start image that is added back at the end, 0..1.
         spread: Share of the estimate's own uncertainty that is drawn before sampling, 0..1 (see
             `InvertibleNet.spread`).
-        texture: Share of what sampling changed about the start image that is kept, 0..1 (see `texture.keep_texture`).
+        texture: Share of what sampling changed about the start image that is kept, 0..2 (see `texture.keep_texture`).
         chroma: Share of what it changed about the colours that is kept, 0..1 (see `texture.keep_chroma`).
+        coarse: Share of what it changed where y itself shows the image that is kept, 0..1 (see `texture.keep_coarse`).
+        same_size: Factor on `texture` where the output is about as large as y: no detail was lost to size, and more can
+            be spoilt.
         ensemble: Views of y over which the stage-one estimate is averaged, 1..8 (see `Estimator.self_ensemble`).
         guidance: Settings of the guidance.
     """
@@ -53,6 +56,8 @@ class Preset:
     spread: float = 0.0
     texture: float = 1.0
     chroma: float = 1.0
+    coarse: float = 1.0
+    same_size: float = 1.0
     ensemble: int = 1
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
 
@@ -66,15 +71,21 @@ class Preset:
             raise ValueError(f"ensemble must lie in 1..{VIEWS}, the views of an image, got {self.ensemble}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], 1 = pure noise, got {self.strength}")
-        for name in ("eta", "residual", "spread", "texture", "chroma"):
+        if not 0 <= self.texture <= 2:
+            raise ValueError(f"texture must lie in [0, 2], got {self.texture}")
+        for name in ("eta", "residual", "spread", "chroma", "coarse", "same_size"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 PRESETS: dict[str, Preset] = {
-    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08, chroma=0.25, ensemble=8),
-    "default": Preset(steps=8, strength=0.8, spread=0.7, texture=0.7, chroma=0.25, ensemble=4),
-    "vivid": Preset(steps=8, strength=0.5, spread=1.0, texture=1.0, chroma=0.25, ensemble=4),
+    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08, chroma=0.25, coarse=0.0, ensemble=8),
+    "default": Preset(
+        steps=8, strength=0.65, spread=1.0, texture=1.1, chroma=0.25, coarse=0.25, same_size=0.5, ensemble=4
+    ),
+    "vivid": Preset(
+        steps=8, strength=0.65, spread=1.0, texture=1.6, chroma=0.25, coarse=0.25, same_size=0.6, ensemble=4
+    ),
 }
 
 

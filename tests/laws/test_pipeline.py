@@ -16,7 +16,7 @@ from torch import Tensor
 import latentindigo.pipeline as pipeline_module
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
-from latentindigo.texture import MAX_DEPARTURE, keep_texture
+from latentindigo.texture import uneven
 from tiny import tiny_pipeline as build_pipeline
 from tolerances import TOL, assert_close
 
@@ -215,27 +215,6 @@ def check_texture(restore: Restore) -> None:
     assert float((half - (none + full) / 2).abs().mean()) < 0.25 * float((full - none).abs().mean())
 
 
-def check_departure(keep: Callable[..., Tensor]) -> None:
-    """No coefficient of what is kept departs from the start by more than so many standard deviations."""
-    start, spread = torch.randn(2, 4, 5, 6), torch.rand(2, 4, 5, 6)
-    for size in (0.1, 10.0):
-        z = start + size * torch.randn(start.shape)
-        kept = keep(z, start, spread, 0.8) - start
-        assert bool((kept.abs() <= 0.8 * MAX_DEPARTURE * spread + 1e-6).all())
-        near = (z - start).abs() < spread
-        assert_close(kept[near], 0.8 * (z - start)[near], torch.float32)
-        assert_close(keep(z, start, None, 0.8) - start, 0.8 * (z - start), torch.float32)
-
-
-def test_departures_are_limited() -> None:
-    check_departure(keep_texture)
-
-
-def test_an_unlimited_departure_is_found() -> None:
-    with pytest.raises(AssertionError):
-        check_departure(lambda z, start, spread, share: start + share * (z - start))
-
-
 def check_chroma(restore: Restore) -> None:
     """Without its share of colour a sample changes brightness only, and by as much as before."""
     settings: dict[str, Any] = {"scale": 2, "strength": 0.5, "spread": 1.0, "residual": 1.0, **FAST}
@@ -271,6 +250,32 @@ def test_texture_catches_a_share_that_is_ignored(tiny_pipeline: RestorationPipel
         check_texture(lambda image, texture, **settings: tiny_pipeline(image, **settings))
 
 
+def check_same_size(restore: Restore) -> None:
+    """At scale 1 the factor counts, at scale 2 it does not."""
+    settings: dict[str, Any] = {"strength": 0.5, "spread": 1.0, **FAST}
+    whole, half, factor = (
+        restore(photo(), scale=1, texture=share, same_size=same, **settings).images[0]
+        for share, same in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))
+    )
+    assert float((whole - half).abs().mean()) > 1e-3
+    assert_close(factor, half)
+    larger = [restore(photo(), scale=2, texture=1.0, same_size=same, **settings).images[0] for same in (0.5, 1.0)]
+    assert_close(*larger)
+
+
+def test_less_texture_at_the_same_size(tiny_pipeline: RestorationPipeline) -> None:
+    check_same_size(tiny_pipeline)
+
+
+def test_texture_that_ignores_the_size_is_found(tiny_pipeline: RestorationPipeline) -> None:
+    with pytest.raises(AssertionError):
+        check_same_size(lambda image, same_size, **settings: tiny_pipeline(image, **settings))
+    with pytest.raises(AssertionError):
+        check_same_size(
+            lambda image, texture, same_size, **settings: tiny_pipeline(image, texture=texture * same_size, **settings)
+        )
+
+
 def check_spread(pipe: RestorationPipeline) -> None:
     """Before sampling, each coefficient departs from the estimate by the standard deviation that the network tells."""
     seen: list[Tensor] = []
@@ -286,7 +291,7 @@ def check_spread(pipe: RestorationPipeline) -> None:
             pipe(photo(), scale=2, spread=share, seed=k, **FAST)
     mean, draws = seen[0], torch.stack(seen[1:])
     gamma = pipe.degradation_encoder(photo()[None])
-    told = 0.5 * pipe.latent_inn.spread(mean, gamma)
+    told = 0.5 * uneven(pipe.latent_inn.spread(mean, gamma))
     found = (draws - mean).square().mean(0).sqrt()
     assert float((found / told - 1).square().mean().sqrt()) < 0.15  # 64 draws: 1/sqrt(128) = 0.09
     # Every image's own generator draws, one after another: no two alike.
@@ -310,7 +315,7 @@ def test_a_spread_of_one_size_is_found(tiny_pipeline: RestorationPipeline, monke
 
 
 def test_alone_is_batch_with_spread(tiny_pipeline: RestorationPipeline) -> None:
-    check_alone_is_batch(tiny_pipeline, scale=2, spread=0.7, texture=0.6, chroma=0.5, ensemble=3, **FAST)
+    check_alone_is_batch(tiny_pipeline, scale=2, spread=0.7, texture=0.6, chroma=0.5, coarse=0.5, ensemble=3, **FAST)
 
 
 # --- save -> load -> same output; settings reproduce -----------------------------------------------------------------

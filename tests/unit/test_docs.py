@@ -72,7 +72,7 @@ def check_presets(text: str, folder: Path) -> None:
     for name, preset in load_presets(folder).items():
         numbers = (
             *(preset.steps, preset.strength, preset.spread, preset.texture),
-            *(preset.chroma, preset.ensemble),
+            *(preset.chroma, preset.coarse, preset.same_size, preset.ensemble),
         )
         values = (preset.method, preset.update, preset.init, *(f"{number:g}" for number in numbers))
         expected = f"| `{name}` | {' | '.join(values)} |"

@@ -78,7 +78,9 @@ EQUATIONS = (
     "Spread of the estimate",
     "Draw around the estimate",
     "Texture",
+    "Uneven spread",
     "Chroma",
+    "Coarse",
     "Counted calls",
 )
 

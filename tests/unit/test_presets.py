@@ -33,7 +33,7 @@ def test_the_three_presets_are_there() -> None:
         ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
         ({"residual": -0.1}, r"residual must lie in \[0, 1\]"),
         ({"spread": 1.2}, r"spread must lie in \[0, 1\], got 1.2"),
-        ({"texture": -0.1}, r"texture must lie in \[0, 1\]"),
+        ({"texture": -0.1}, r"texture must lie in \[0, 2\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -339,3 +339,18 @@ def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, roo
     met = [line.split(" | ")[-1].strip("| ") for line in table.splitlines()[2:]]
     assert met == ["yes", "**no**", "**no**", "yes", ""]
     assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
+
+
+def test_the_readme_shows_the_newest_results(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    readme_tables = importlib.import_module("tables")
+    newest = max((root / "benchmarks" / "results").glob("*-embedded.json"))
+    summary = json.loads(newest.read_text())["summary"]
+    text = (root / "README.md").read_text()
+    assert readme_tables.insert(text, summary) == text, f"run: python benchmarks/tables.py {newest.name} --write"
+    # Another figure, and the page no longer agrees.
+    entry = next(e for e in summary if e["method"] == "preset" and e["protocol"] == "medium")
+    entry["psnr"]["mean"] += 1
+    assert readme_tables.insert(text, summary) != text
+    with pytest.raises(ValueError, match="end of results"):
+        readme_tables.insert(text.replace(readme_tables.END, ""), summary)
