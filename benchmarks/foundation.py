@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import PIL.Image
 import torch
 from bench import ROOT, Bench, entry_of, say
@@ -136,7 +137,11 @@ def presets(bench: Bench) -> Sequence[str]:
 
 
 def tune(bench: Bench) -> Sequence[str]:
-    """A sweep over settings on the images kept for choices."""
+    """A sweep over settings on the images kept for choices.
+
+    Settings are arguments of the pipeline's call, and `scheduler`: a scheduler's class, in place of the model's.
+    """
+    shipped = bench.pipe.scheduler
     text = bench.args.settings
     sweep: list[dict[str, Any]] = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
     for name in bench.args.degradations:
@@ -146,9 +151,12 @@ def tune(bench: Bench) -> Sequence[str]:
         baselines(bench, protocol, pairs)
         for settings in sweep:
             label = json.dumps(settings, sort_keys=True).replace('"', "").strip("{}")
-            guidance = bench.guidance(settings.get("preset", "default"), **settings.get("guidance", {}))
-            restore = pipeline(bench.pipe, scale, **{**settings, "guidance": guidance})
-            bench.run(protocol, pairs, "setting", label, restore)
+            call = {key: value for key, value in settings.items() if key != "scheduler"}
+            scheduler = getattr(diffusers, settings.get("scheduler", type(shipped).__name__))
+            bench.pipe.scheduler = scheduler.from_config(shipped.config)
+            call["guidance"] = bench.guidance(settings.get("preset", "default"), **settings.get("guidance", {}))
+            bench.run(protocol, pairs, "setting", label, pipeline(bench.pipe, scale, **call))
+    bench.pipe.scheduler = shipped
     return _against_baselines(bench, COLUMNS)
 
 

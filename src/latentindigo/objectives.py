@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, UNet2DModel
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, UNet2DModel
 from torch import Tensor, nn
 
 from latentindigo.autoencoder import PatchAutoencoder, fit_patch_basis
@@ -220,13 +220,15 @@ class DenoiserObjective(Objective):
         if prediction not in ("v", "flow"):
             raise ValueError(f"prediction must be 'v' or 'flow', got {prediction!r}")
         self.flow = prediction == "flow"
-        diffusion = DDIMScheduler(
+        # Second order: in 8 steps it gives what DDIM needs about 25 for.
+        diffusion = DPMSolverMultistepScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",
-            clip_sample=False,
-            set_alpha_to_one=True,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            final_sigmas_type="zero",
             timestep_spacing="trailing",
         )
         self.scheduler = FlowMatchEulerDiscreteScheduler() if self.flow else diffusion

@@ -79,12 +79,12 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.08, chroma=0.25, coarse=0.0, ensemble=8),
+    "faithful": Preset(steps=4, strength=0.6, spread=1.0, texture=0.04, chroma=0.25, coarse=0.0, ensemble=8),
     "default": Preset(
-        steps=8, strength=0.65, spread=1.0, texture=1.1, chroma=0.25, coarse=0.25, same_size=0.5, ensemble=4
+        steps=8, strength=0.65, spread=1.0, texture=1.0, chroma=0.25, coarse=0.25, same_size=0.5, ensemble=4
     ),
     "vivid": Preset(
-        steps=8, strength=0.65, spread=1.0, texture=1.6, chroma=0.25, coarse=0.25, same_size=0.6, ensemble=4
+        steps=8, strength=0.65, spread=1.0, texture=1.45, chroma=0.25, coarse=0.25, same_size=0.6, ensemble=4
     ),
 }
 

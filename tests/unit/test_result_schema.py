@@ -241,7 +241,7 @@ def methods_of(result: Result) -> set[tuple[str, str]]:
     return {(e["method"], e["variant"]) for e in result["summary"]}
 
 
-SETTINGS = '[{"preset": "faithful", "steps": 1, "guidance": {"beta": 0.5}}]'
+SETTINGS = '[{"preset": "faithful", "steps": 1, "guidance": {"beta": 0.5}, "scheduler": "DEISMultistepScheduler"}]'
 SUITES: dict[str, tuple[list[str], set[tuple[str, str]]]] = {
     "guided": (
         ["--limit", "1", "--steps", "2", "--only", "unguided", "projection", "--beta", "0.2"],
@@ -258,10 +258,16 @@ SUITES: dict[str, tuple[list[str], set[tuple[str, str]]]] = {
     "autoencoder": (["--limit", "2"], {("autoencoder", "round trip")}),
     "refinement": (["--limit", "1"], {("default refinement", "on"), ("default refinement", "off")}),
     "calibration": (["--limit", "1"], {("calibration", "default")}),
+    # Every suite in one file: rows of all kinds meet, among them those that have no PSNR.
+    "embedded": (
+        ["--limit", "2", "--steps", "1", "--fit-images", "2", "--only", "faithful", "stopped", "latent", "refinement"],
+        {("preset", "faithful"), ("latent-inn", "stopped"), ("latent-inn", "latents"), ("calibration", "default")},
+    ),
 }
+SLOW = ("presets", "embedded")
 
 
-@pytest.mark.parametrize("suite", [pytest.param(s, marks=pytest.mark.slow) if s == "presets" else s for s in SUITES])
+@pytest.mark.parametrize("suite", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in SUITES])
 def test_suite_writes_a_result_file(
     suite: str, tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, root: Path, capsys: Any
 ) -> None:
