@@ -89,9 +89,7 @@ class Bench:
 
     def difference(self, protocol: str, key: tuple[str, str], baseline: tuple[str, str], label: str) -> None:
         """Add the paired PSNR difference to a baseline to the method's summary, where both were run and have a PSNR."""
-        entries = {
-            (e["method"], e["variant"]): e for e in self.summary if e["protocol"] == protocol and "psnr" in e
-        }
+        entries = {(e["method"], e["variant"]): e for e in self.summary if e["protocol"] == protocol and "psnr" in e}
         if key in entries and baseline in entries and key != baseline:
             interval = paired_difference(self.rows, key, baseline, protocol)
             entries[key][f"psnr_minus_{label}"] = interval._asdict()

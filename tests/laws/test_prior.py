@@ -30,9 +30,6 @@ from latentindigo.prior import LatentPrior, Prediction, Trajectory
 from tolerances import TOL
 from toys import MEAN, STD, ConvDenoiser, LinearVAE, gaussian_prior, randn
 
-# diffusers hands tensors to numpy in a way that numpy 2 has deprecated; nothing here can change that.
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
 # Stable Diffusion's schedule: the one most priors come with.
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

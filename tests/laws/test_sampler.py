@@ -39,9 +39,6 @@ from latentindigo.sampler import restore_latent
 from tolerances import assert_close, in_dtype, randomise_
 from toys import ConvDenoiser, LinearVAE, gaussian_prior, randn
 
-# diffusers hands tensors to numpy in a way that numpy 2 has deprecated; nothing here can change that.
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 RULES: tuple[Update, ...] = ("projection", "stopped", "through")
 KINDS: dict[str, type[DataTerm]] = {"pixel": PixelINN, "latent": LatentINN}

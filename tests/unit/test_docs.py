@@ -126,7 +126,6 @@ def test_the_gain_of_written_maps_is_the_documented_one() -> None:
     assert f"divide by {MAP_GAIN:g}" in text
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # a scheduler of diffusers under a new NumPy
 def test_python_examples_of_the_readme_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks in order, as one program, on a model of tiny random networks in place of the embedded one."""
     monkeypatch.setattr(RestorationPipeline, "from_pretrained", lambda *args, **kwargs: tiny.tiny_pipeline())

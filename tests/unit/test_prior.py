@@ -30,8 +30,6 @@ from latentindigo.prior import Calls, LatentPrior, Prediction
 from tolerances import TOL, randomise_
 from toys import ConvDenoiser, LinearVAE, gaussian_prior, randn
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
 
 def ddim(**more: Any) -> DDIMScheduler:
     return DDIMScheduler(**{"clip_sample": False, **more})
