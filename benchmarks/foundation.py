@@ -27,10 +27,11 @@ import PIL.Image
 import torch
 from bench import ROOT, Bench, entry_of, say
 from embedded import autoencoder, calibration, refinement, show_bars
-from methods import bicubic, estimator_alone, grain, matched, pipeline, unsharp
+from methods import bicubic, estimator_alone, matched, pipeline
 from networks import coarse, denoising, probe
 from torch import Tensor
 
+from latentindigo.controls import grain, unsharp
 from latentindigo.data import sample_generator
 from latentindigo.degradations import STANDARD
 from latentindigo.evaluation import (

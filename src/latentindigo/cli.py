@@ -7,16 +7,30 @@ stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from latentindigo import __version__
+from latentindigo.cli_benchmark import benchmark
+from latentindigo.command import (
+    EXIT_CODES,
+    INPUT,
+    OUTPUT,
+    QUALITY,
+    SPEED,
+    DeviceOption,
+    ExitCode,
+    ModelOption,
+    ThreadsOption,
+    examples,
+    exit_codes,
+    fail,
+    set_threads,
+    short_warnings,
+    stderr_console,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,27 +41,12 @@ if TYPE_CHECKING:
 __all__ = ["ExitCode", "app", "main"]
 
 
-class ExitCode(IntEnum):
-    """What the exit status of a command means."""
-
-    DONE = 0
-    SOME_FAILED = 1
-    USAGE = 2
-    MODEL = 3
-    RESOURCES = 4
-
-
-_EXIT_CODES = (
-    "[bold]Exit codes[/bold]  0 all done · 1 some inputs failed, the rest is done · 2 wrong usage · "
-    "3 the model could not be loaded · 4 out of memory or disk"
-)
-_INPUT, _QUALITY, _SPEED, _OUTPUT = "Input", "Quality", "Speed", "Output"
 _PRESET = "the preset's"
 
 app = typer.Typer(
     name="latentindigo",
     help="Restore blurred, noisy, small or over-compressed photos; see which detail was measured and which invented.",
-    epilog=_EXIT_CODES,
+    epilog=EXIT_CODES,
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -77,62 +76,6 @@ def _root(
     """Options that belong to no command."""
 
 
-def _examples(*lines: str) -> str:
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"  $ {line}" for line in lines), _EXIT_CODES])
-
-
-def _console() -> Console:
-    """Console for messages: stderr, made anew so that it follows whatever stderr is now."""
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def _fail(console: Console, error: BaseException | str, code: ExitCode) -> typer.Exit:
-    console.print("error:", style="bold red", end=" ")
-    console.print(" ".join(str(error).split()) or type(error).__name__, markup=False)
-    return typer.Exit(code)
-
-
-@contextmanager
-def _exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
-    """Turn the failures that end a command into one line on stderr and the documented exit code.
-
-    Args:
-        console: Where the line goes.
-        **codes: Exit codes of built-in exceptions, by name, where they differ from `SOME_FAILED`.
-    """
-    from latentindigo.jobs import failure_kind
-
-    by_kind = {"memory": ExitCode.RESOURCES, "disk": ExitCode.RESOURCES, "model": ExitCode.MODEL}
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        named = next((codes[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in codes), None)
-        code = by_kind.get(failure_kind(error)) or named or ExitCode.SOME_FAILED
-        raise _fail(console, error, code) from error
-
-
-@contextmanager
-def _short_warnings(console: Console) -> Iterator[None]:
-    """Show warnings as one line each, the same one only once."""
-    shown: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
-        if text not in shown:
-            shown.add(text)
-            console.print("warning:", style="yellow", end=" ")
-            console.print(text, markup=False)
-
-    before = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
-
-
 def _size(text: str) -> tuple[int, int]:
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
@@ -148,38 +91,10 @@ def _tile(text: str) -> str | int:
     return int(text)
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-_Model = Annotated[
-    str,
-    typer.Option(metavar="MODEL", help="'embedded', a model folder, or a hub id user/repo.", rich_help_panel=_INPUT),
-]
-_Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="cpu, cuda, cuda:1 or mps.",
-        show_default="an accelerator if there is one",
-        rich_help_panel=_SPEED,
-    ),
-]
-_Threads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, max=1024, help="CPU threads.", show_default="PyTorch's choice", rich_help_panel=_SPEED
-    ),
-]
-
-
 @app.command(
     help="Restore photos.\n\nPhotos keep their orientation, colour profile, transparency, greyness and 16 bits. "
     "A photo that fails is reported and the others are done; nothing is overwritten without --overwrite.",
-    epilog=_examples(
+    epilog=examples(
         "latentindigo restore holiday.jpg -o holiday-large.png",
         "latentindigo restore old-photos/ -o restored/ --recursive --scale 2 --preset faithful",
         "latentindigo restore cat.jpg -o out/ --num-samples 4 --detail-map --uncertainty-map --json",
@@ -191,20 +106,20 @@ def restore(
     ],
     *,
     recursive: Annotated[
-        bool, typer.Option("--recursive", "-r", help="Also restore folders inside folders.", rich_help_panel=_INPUT)
+        bool, typer.Option("--recursive", "-r", help="Also restore folders inside folders.", rich_help_panel=INPUT)
     ] = False,
-    model: _Model = "embedded",
+    model: ModelOption = "embedded",
     prior: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             help="Another latent diffusion model to sample with: a folder or a hub id.",
-            rich_help_panel=_INPUT,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     preset: Annotated[
         Literal["faithful", "default", "vivid"],
-        typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=_QUALITY),
+        typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=QUALITY),
     ] = "default",
     fidelity: Annotated[
         float | None,
@@ -214,7 +129,7 @@ def restore(
             max=1,
             help="Slide between vivid (0) and faithful (1).",
             show_default=_PRESET,
-            rich_help_panel=_QUALITY,
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     method: Annotated[
@@ -222,7 +137,7 @@ def restore(
         typer.Option(
             help="Guide in latent space (fast), in image space, or not at all.",
             show_default=_PRESET,
-            rich_help_panel=_QUALITY,
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     update: Annotated[
@@ -230,7 +145,7 @@ def restore(
         typer.Option(
             help="Guide without a gradient, with one that stops at the denoiser, or with one through it.",
             show_default=_PRESET,
-            rich_help_panel=_QUALITY,
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     init: Annotated[
@@ -238,7 +153,7 @@ def restore(
         typer.Option(
             help="What sampling starts from: a quick estimate, the enlarged photo, the inverse network, or noise.",
             show_default=_PRESET,
-            rich_help_panel=_QUALITY,
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     strength: Annotated[
@@ -249,17 +164,17 @@ def restore(
             max=1,
             help="Share of noise at the start: above 0, up to 1 for pure noise.",
             show_default=_PRESET,
-            rich_help_panel=_QUALITY,
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     num_samples: Annotated[
         int,
-        typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=_QUALITY),
+        typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=QUALITY),
     ] = 1,
     seed: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Seed of the first result; result k uses seed + k.", rich_help_panel=_QUALITY
+            metavar="N", min=0, help="Seed of the first result; result k uses seed + k.", rich_help_panel=QUALITY
         ),
     ] = 0,
     steps: Annotated[
@@ -270,7 +185,7 @@ def restore(
             max=1000,
             help="Denoiser evaluations.",
             show_default=_PRESET,
-            rich_help_panel=_SPEED,
+            rich_help_panel=SPEED,
         ),
     ] = None,
     tile: Annotated[
@@ -279,15 +194,15 @@ def restore(
             metavar="PIXELS",
             parser=_tile,
             help="Side of a tile in output pixels (256 or more), 'auto' or 'off'; smaller tiles need less memory.",
-            rich_help_panel=_SPEED,
+            rich_help_panel=SPEED,
         ),
     ] = "auto",
-    device: _Device = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Numbers the networks compute with.", show_default="float32", rich_help_panel=_SPEED),
+        typer.Option(help="Numbers the networks compute with.", show_default="float32", rich_help_panel=SPEED),
     ] = None,
-    threads: _Threads = None,
+    threads: ThreadsOption = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -295,12 +210,12 @@ def restore(
             "-o",
             metavar="FILE_OR_FOLDER",
             help="Where results go: a folder or, for one photo, a name ending in .png, .jpg, .webp or .tif.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ],
     scale: Annotated[
         float,
-        typer.Option(metavar="FACTOR", min=1, max=16, help="Output size over input size.", rich_help_panel=_OUTPUT),
+        typer.Option(metavar="FACTOR", min=1, max=16, help="Output size over input size.", rich_help_panel=OUTPUT),
     ] = 4.0,
     size: Annotated[
         Any,
@@ -308,16 +223,16 @@ def restore(
             metavar="WxH",
             parser=_size,
             help="Output size in pixels instead of --scale; the aspect is kept, the photo fits inside.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     crop: Annotated[
-        bool, typer.Option("--crop", help="With --size: cut to its aspect and fill it.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--crop", help="With --size: cut to its aspect and fill it.", rich_help_panel=OUTPUT)
     ] = False,
     detail_map: Annotated[
         bool,
         typer.Option(
-            "--detail-map", help="Also write NAME.detail.png: which detail was invented.", rich_help_panel=_OUTPUT
+            "--detail-map", help="Also write NAME.detail.png: which detail was invented.", rich_help_panel=OUTPUT
         ),
     ] = False,
     uncertainty_map: Annotated[
@@ -325,25 +240,25 @@ def restore(
         typer.Option(
             "--uncertainty-map",
             help="Also write NAME.uncertainty.png: how far the samples differ (--num-samples 2 or more).",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per photo on stdout.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--json", help="Print one JSON object per photo on stdout.", rich_help_panel=OUTPUT)
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the settings and the files that would be written.", rich_help_panel=_OUTPUT
+            "--dry-run", help="Print the settings and the files that would be written.", rich_help_panel=OUTPUT
         ),
     ] = False,
 ) -> None:
     """Parse, plan, run; see `latentindigo restore --help`."""
-    console = _console()
-    with _short_warnings(console), _exit_codes(console, ValueError=ExitCode.USAGE):
+    console = stderr_console()
+    with short_warnings(console), exit_codes(console, ValueError=ExitCode.USAGE):
         from latentindigo import jobs
         from latentindigo.planning import plan_tasks
 
@@ -373,7 +288,7 @@ def restore(
         if dry_run:
             _print_plan(jobs.resolve_settings(settings, model), tasks, as_json)
             return
-        _set_threads(threads)
+        set_threads(threads)
         outcomes = _run(
             console,
             tasks,
@@ -472,7 +387,7 @@ def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
 @app.command(
     help="Train one part of the model on a folder of photos.\n\nRuns on a CPU and on an accelerator; "
     "`accelerate launch -m latentindigo train ...` uses several.",
-    epilog=_examples(
+    epilog=examples(
         "latentindigo train estimator photos/ --out runs/estimator",
         "latentindigo train denoiser photos/ --recipe my-denoiser.toml --out runs/denoiser --resume",
         "latentindigo train latent-inn photos/ --out runs/latent-inn --init-from embedded --steps 2000",
@@ -501,7 +416,7 @@ def train(
             dir_okay=False,
             help="Recipe (TOML).",
             show_default="the part's own",
-            rich_help_panel=_INPUT,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     init_from: Annotated[
@@ -509,7 +424,7 @@ def train(
         typer.Option(
             metavar="MODEL",
             help="Start from a model's weights: 'embedded', a folder, or a hub id.",
-            rich_help_panel=_INPUT,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     resume: Annotated[
@@ -517,15 +432,15 @@ def train(
         typer.Option(
             "--resume",
             help="Go on from the run folder's checkpoint, to the numbers of a run that was never stopped.",
-            rich_help_panel=_INPUT,
+            rich_help_panel=INPUT,
         ),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Optimiser steps.", show_default="the recipe's", rich_help_panel=_SPEED),
+        typer.Option(metavar="N", min=1, help="Optimiser steps.", show_default="the recipe's", rich_help_panel=SPEED),
     ] = None,
-    device: _Device = None,
-    threads: _Threads = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -534,16 +449,16 @@ def train(
             metavar="FOLDER",
             file_okay=False,
             help="Run folder: checkpoint, log, curves, sample grids, final weights.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ],
 ) -> None:
     """Train one part; see `latentindigo train --help`."""
-    console = _console()
-    with _exit_codes(console, ValueError=ExitCode.USAGE, FileNotFoundError=ExitCode.MODEL):
+    console = stderr_console()
+    with exit_codes(console, ValueError=ExitCode.USAGE, FileNotFoundError=ExitCode.MODEL):
         from latentindigo import training
 
-        _set_threads(threads)
+        set_threads(threads)
         final = training.train(
             part,
             data,
@@ -558,14 +473,26 @@ def train(
     typer.echo(str(final))
 
 
-@app.command(epilog=_examples("latentindigo info", "latentindigo info --json --model my-model/"))
+app.command(
+    help="Compare methods on photographs: quality, time, memory.\n\nPublished methods run on the same diffusion model. "
+    "Those that must be told the damage run twice: told the truth, and told only that the photograph was made smaller.",
+    epilog=examples(
+        "latentindigo benchmark photos/ -o results/ --protocol medium --protocol severe",
+        "latentindigo benchmark photos/ -o results/ --method default --method psld --limit 4 --crop 128",
+        "latentindigo benchmark old-photos/ -o results/ --protocol real --method default --method vivid",
+        "latentindigo benchmark photos/ -o results/ --add my_method.py",
+    ),
+)(benchmark)
+
+
+@app.command(epilog=examples("latentindigo info", "latentindigo info --json --model my-model/"))
 def info(
-    model: _Model = "embedded",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)] = False,
+    model: ModelOption = "embedded",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Print the version, the model and its hashes, devices, dtypes and optional parts."""
-    console = _console()
-    with _short_warnings(console), _exit_codes(console):
+    console = stderr_console()
+    with short_warnings(console), exit_codes(console):
         from latentindigo import jobs
         from latentindigo.installation import describe_installation
 
@@ -575,7 +502,7 @@ def info(
     else:
         _print_facts(facts)
     if facts["model"]["error"] is not None:
-        raise _fail(console, facts["model"]["error"], ExitCode.MODEL)
+        raise fail(console, facts["model"]["error"], ExitCode.MODEL)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ __all__ = [
     "CALLS", "METRICS", "Interval", "Method", "Pair", "Protocol", "Restored", "Result", "Row",
     "bootstrap_interval", "check_result_schema", "evaluate", "machine_info", "make_pairs", "make_row",
     "markdown_table", "measure", "paired_difference", "peak_mb", "ratio_of_sums", "reset_peak", "summarise",
-    "versions", "write_results",
+    "swd_difference", "swd_interval", "swd_parts", "versions", "write_results",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -337,20 +337,52 @@ def paired_difference(
     return bootstrap_interval([ours[name] - theirs[name] for name in ours])
 
 
-def _swd_interval(images: Sequence[Tensor], clean: Sequence[Tensor]) -> Interval:
-    """The distance of the whole set, and its spread when a tenth of the images is left out at a time."""
+SwdParts = tuple[float, Float[Tensor, " g"]]
+
+
+def swd_parts(images: Sequence[Tensor], clean: Sequence[Tensor]) -> SwdParts:
+    """The distance of two sets, and of the sets without a tenth of the images each: what swd's intervals are made of.
+
+    Args:
+        images: Restored images.
+        clean: Clean images, in the same order.
+
+    Returns:
+        The distance (NaN where an image is too small for it), and one per tenth that is left out (none for one image).
+    """
+    n = len(images)
     if min(min(x.shape[-2:]) for x in images) < 25:
-        return Interval(math.nan, math.nan, math.nan)
-    value, n = swd(images, clean), len(images)
-    groups = min(10, n)
-    if groups < 2:
-        return Interval(value, math.nan, math.nan)
+        return math.nan, torch.zeros(0)
+    groups = min(10, n) if n > 1 else 0
     kept = [[k for k in range(n) if k % groups != g] for g in range(groups)]
     # Only the spread is wanted here: a third of the patches and an eighth of the directions show it.
     fast = {"patches": 10_000, "projections": 16}
-    parts = torch.tensor([swd([images[k] for k in ks], [clean[k] for k in ks], **fast) for ks in kept])
-    error = 1.96 * float(((groups - 1) / groups * (parts - parts.mean()).square().sum()).sqrt())
+    return swd(images, clean), torch.tensor(
+        [swd([images[k] for k in ks], [clean[k] for k in ks], **fast) for ks in kept]
+    )
+
+
+def _jackknife_error(parts: Float[Tensor, " g"]) -> float:
+    groups = len(parts)
+    return 1.96 * float(((groups - 1) / groups * (parts - parts.mean()).square().sum()).sqrt())
+
+
+def swd_interval(parts: SwdParts) -> Interval:
+    """The distance and its 95 % interval, from the spread when a tenth of the images is left out at a time."""
+    value, left_out = parts
+    if not len(left_out):
+        return Interval(value, math.nan, math.nan)
+    error = _jackknife_error(left_out)
     return Interval(value, max(0.0, value - error), value + error)
+
+
+def swd_difference(ours: SwdParts, theirs: SwdParts) -> Interval:
+    """The difference of two methods' distances, ours - theirs, paired: the same tenths are left out of both."""
+    value = ours[0] - theirs[0]
+    if not len(ours[1]) or len(ours[1]) != len(theirs[1]):
+        return Interval(value, math.nan, math.nan)
+    error = _jackknife_error(ours[1] - theirs[1])
+    return Interval(value, value - error, value + error)
 
 
 def summarise(result: Result, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -370,7 +402,7 @@ def summarise(result: Result, pairs: Sequence[Pair]) -> dict[str, Any]:
         "psnr": bootstrap_interval([r["psnr"] for r in rows])._asdict(),
         "ssim": bootstrap_interval([r["ssim"] for r in rows])._asdict(),
         "gradient_energy": bootstrap_interval(sums, statistic=ratio_of_sums)._asdict(),
-        "swd": _swd_interval(result.images, [p.clean for p in pairs])._asdict(),
+        "swd": swd_interval(swd_parts(result.images, [p.clean for p in pairs]))._asdict(),
         "seconds": bootstrap_interval(seconds)._asdict() | {"median": sorted(seconds)[len(seconds) // 2]},
     }
 

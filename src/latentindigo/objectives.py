@@ -291,9 +291,20 @@ class EstimatorObjective(Objective):
 
     Either network can be trained by itself. `train_estimator = false` trains F alone on the regression, many times
     faster. `train_encoder = false` leaves F as it is in `base`. F starts from `base` where that is named.
+    `conditioned = false` hides gamma from the estimator: a plain regression network, to compare with.
     """
 
-    settings = frozenset({"base", "classical", "damage_weight", "response_weight", "train_encoder", "train_estimator"})
+    settings = frozenset(
+        {
+            "base",
+            "classical",
+            "conditioned",
+            "damage_weight",
+            "response_weight",
+            "train_encoder",
+            "train_estimator",
+        }
+    )
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -316,6 +327,7 @@ class EstimatorObjective(Objective):
             self.networks["degradation_encoder"] = self.degradation_encoder.train()
         else:
             _frozen(self.degradation_encoder)
+        self.conditioned = bool(settings.get("conditioned", True))
         self.damage_weight = float(settings.get("damage_weight", 1.0))
         self.classical = float(settings.get("classical", 0.0))
         self.response_weight = float(settings.get("response_weight", 0.0)) if train_encoder else 0.0
@@ -343,7 +355,7 @@ class EstimatorObjective(Objective):
             total, logs["response"] = total + self.response_weight * response, response.detach()
         if not self.train_estimator:
             return {"loss": total} | logs
-        out = self.estimator(y, gamma, LEVELS[int(batch["scale"])]).float()
+        out = self._estimate(y, gamma, int(batch["scale"])).float()
         plain = F.interpolate(y, size=x.shape[-2:], mode="bicubic", antialias=True)
         error, before = ((image - x).square().mean((1, 2, 3)) + ERROR_FLOOR for image in (out, plain))
         logs["gain_db"] = 10 * (before / error).log10().mean().detach()
@@ -355,7 +367,10 @@ class EstimatorObjective(Objective):
         if not self.train_estimator:
             return columns
         gamma = self.degradation_encoder(batch["y"])
-        return columns | {"estimate": self.estimator(batch["y"], gamma, LEVELS[int(batch["scale"])])}
+        return columns | {"estimate": self._estimate(batch["y"], gamma, int(batch["scale"]))}
+
+    def _estimate(self, y: Tensor, gamma: Tensor, scale: int) -> Tensor:
+        return self.estimator(y, gamma if self.conditioned else torch.zeros_like(gamma), LEVELS[scale])
 
 
 def _damage_loss(encoder: DegradationEncoder, gamma: Tensor, damage: Tensor) -> Tensor:
