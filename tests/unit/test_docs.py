@@ -6,10 +6,12 @@ import re
 import runpy
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -20,12 +22,14 @@ from latentindigo.jobs import MAP_GAIN
 from latentindigo.model_folder import EMBEDDED
 from latentindigo.pipeline import RestorationPipeline
 from latentindigo.presets import load_presets
+from latentindigo.roster import load_method
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CARD = EMBEDDED / "README.md"
 PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+METHOD_BLOCK = re.compile(r"^ *```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WIDTH, HEIGHT = 20, 16  # of the photo in the examples
 COMMAND = re.compile(r"(?:^|\s|-m )latentindigo (?!&)(.*)$")
@@ -160,6 +164,23 @@ def test_the_training_page_puts_a_model_together(workplace: Path) -> None:
     runpy.run_path(str(program))
     result = RestorationPipeline.from_pretrained("my-model")(Image.open("photo.jpg"), scale=2)
     assert result.images[0].size == (2 * WIDTH, 2 * HEIGHT)
+
+
+def test_the_page_on_methods_can_be_followed(workplace: Path) -> None:
+    """Every Python block of it is a file that `--add` takes, and what it makes keeps the contract."""
+    page = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    files = [textwrap.dedent(code) for code in METHOD_BLOCK.findall(page)]
+    assert len(files) == 2
+    y = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    for code in files:
+        (workplace / "my_method.py").write_text(code, encoding="utf-8")
+        restorer = load_method(workplace / "my_method.py", tiny.tiny_pipeline()).restorer
+        both, again = restorer(y, 2, [0, 1]), restorer(y, 2, [0, 1])
+        assert both.shape == (2, 3, 32, 48)
+        assert torch.equal(both, again)
+        assert float(both.min()) >= 0
+        assert float(both.max()) <= 1
+        torch.testing.assert_close(restorer(y[1:], 2, [1]), both[1:], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -82,6 +82,16 @@ EQUATIONS = (
     "Chroma",
     "Coarse",
     "Counted calls",
+    "Latent DPS",
+    "PSLD",
+    "ReSample",
+    "DiffPIR in latents",
+    "DDNM in latents",
+    "Latent DAPS",
+    "LATINO",
+    "Restoration guidance",
+    "SDEdit",
+    "Proximal step",
 )
 
 
