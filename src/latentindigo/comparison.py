@@ -36,6 +36,7 @@ from latentindigo.evaluation import (
     Protocol,
     Restored,
     Row,
+    SwdParts,
     bootstrap_interval,
     make_row,
     measure,
@@ -92,12 +93,21 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contender did under one protocol: rows, and its images as 8-bit files would hold them."""
+    """What one contender did under one protocol.
+
+    Attributes:
+        contender: Who.
+        protocol: On what.
+        rows: One per image.
+        images: Its images as 8-bit files would hold them.
+        swd: Distance of all images, see `evaluation.swd_parts`; None without clean images, or where one is too small.
+    """
 
     contender: Contender
     protocol: Protocol
     rows: list[Row]
     images: list[UInt8[Tensor, "3 h w"]]
+    swd: SwdParts | None
 
 
 def unreferenced_pairs(folder: Path, count: int | None = None) -> list[Pair]:
@@ -162,7 +172,13 @@ def compare(
             images[n].append((x * 255).round().to(torch.uint8))
             if on_image is not None:
                 on_image(k, contenders[n], row)
-    return [Measured(c, protocol, r, i) for c, r, i in zip(contenders, rows, images, strict=True)]
+    return [Measured(c, protocol, r, i, _swd_of(i, pairs)) for c, r, i in zip(contenders, rows, images, strict=True)]
+
+
+def _swd_of(images: Sequence[UInt8[Tensor, "3 h w"]], pairs: Sequence[Pair]) -> SwdParts | None:
+    if min(min(pair.clean.shape[-2:]) for pair in pairs) < _SWD_SIDE:
+        return None
+    return swd_parts(_floats(images), [pair.clean for pair in pairs])
 
 
 def _turned(count: int, k: int) -> list[int]:
@@ -198,7 +214,7 @@ def _measure(
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - start, peak_mb()
     x = round8(out.images[0].float())
-    values: dict[str, Any] = {"seconds": seconds, "peak_mb": peak, "extra_mb": round(peak - held, 1)}
+    values: dict[str, Any] = {"seconds": seconds, "peak_mb": peak, "extra_mb": round(max(0.0, peak - held), 1)}
     values |= {"nfe": contender.restorer.nfe, "calls": out.calls, **_quality(x, pair, operator, niqe)}
     return make_row(contender.method, contender.variant, protocol.name, pair.name, **values), x
 
@@ -256,7 +272,8 @@ def controls_beside(
                     for x, pair in zip(images, pairs, strict=True)
                 ]
                 restored = [(x * 255).round().to(torch.uint8) for x in images]
-                found.append(Measured(Contender(*label, base.contender.restorer), protocol, rows, restored))
+                control_of = Contender(*label, base.contender.restorer)
+                found.append(Measured(control_of, protocol, rows, restored, _swd_of(restored, pairs)))
     return found
 
 
@@ -303,20 +320,19 @@ def summary_of(measured: Measured, pairs: Sequence[Pair]) -> dict[str, Any]:
     if all(pair.clean.numel() for pair in pairs):
         sums = [(row["gradient_restored"], row["gradient_clean"]) for row in rows]
         entry["gradient_energy"] = bootstrap_interval(sums, statistic=ratio_of_sums)._asdict()
-        if min(min(x.shape[-2:]) for x in measured.images) >= _SWD_SIDE:
-            entry["swd"] = swd_interval(swd_parts(_floats(measured.images), [p.clean for p in pairs]))._asdict()
+    if measured.swd is not None:
+        entry["swd"] = swd_interval(measured.swd)._asdict()
     return entry
 
 
 def compared_to(
-    ours: Measured, theirs: Measured, pairs: Sequence[Pair], metrics: Sequence[str] = ("psnr", "niqe", "swd")
+    ours: Measured, theirs: Measured, metrics: Sequence[str] = ("psnr", "niqe", "swd")
 ) -> dict[str, Interval]:
     """Paired differences ours - theirs with 95 % intervals, over the same images.
 
     Args:
         ours: From `compare`.
         theirs: From the same call.
-        pairs: The same pairs.
         metrics: Measures; per image by bootstrap, swd by leaving out a tenth of the images at a time.
 
     Returns:
@@ -326,9 +342,8 @@ def compared_to(
     both = [*ours.rows, *theirs.rows]
     for name in metrics:
         if name == "swd":
-            if all(pair.clean.numel() for pair in pairs):
-                clean = [p.clean for p in pairs]
-                found[name] = swd_difference(*(swd_parts(_floats(m.images), clean) for m in (ours, theirs)))
+            if ours.swd is not None and theirs.swd is not None:
+                found[name] = swd_difference(ours.swd, theirs.swd)
         elif all(row.get(name) is not None for row in both):
             keys = ours.contender.key, theirs.contender.key
             found[name] = paired_difference(both, *keys, ours.protocol.name, name)

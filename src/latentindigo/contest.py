@@ -126,7 +126,7 @@ def run_contest(
     for protocol in protocols:
         pairs, measured = _run_protocol(pipe, settings, protocol, on_image)
         entries = [summary_of(m, pairs) for m in measured]
-        _compare_with_reference(settings.reference, measured, entries, pairs)
+        _compare_with_reference(settings.reference, measured, entries)
         rows += [row for m in measured for row in m.rows]
         summary += entries
         used |= {f"{protocol.name}: {' '.join(m.contender.key)}": _settings_of(m.contender) for m in measured}
@@ -170,7 +170,7 @@ def _run_protocol(
 
 
 def _compare_with_reference(
-    key: tuple[str, str], measured: Sequence[Measured], entries: Sequence[dict[str, Any]], pairs: Sequence[Pair]
+    key: tuple[str, str], measured: Sequence[Measured], entries: Sequence[dict[str, Any]]
 ) -> None:
     """Add "<measure>_minus_<reference>" to every entry: its own minus the reference's, paired."""
     reference = next((m for m in measured if m.contender.key == key), None)
@@ -178,7 +178,7 @@ def _compare_with_reference(
         return
     for m, entry in zip(measured, entries, strict=True):
         if m is not reference:
-            found = compared_to(m, reference, pairs)
+            found = compared_to(m, reference)
             entry |= {f"{name}_minus_{key[1] or key[0]}": interval._asdict() for name, interval in found.items()}
 
 

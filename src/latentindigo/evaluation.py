@@ -42,7 +42,7 @@ from latentindigo.pipeline import RestorationPipeline
 from latentindigo.prior import Calls
 
 __all__ = [
-    "CALLS", "METRICS", "Interval", "Method", "Pair", "Protocol", "Restored", "Result", "Row",
+    "CALLS", "METRICS", "Interval", "Method", "Pair", "Protocol", "Restored", "Result", "Row", "SwdParts",
     "bootstrap_interval", "check_result_schema", "evaluate", "machine_info", "make_pairs", "make_row",
     "markdown_table", "measure", "paired_difference", "peak_mb", "ratio_of_sums", "reset_peak", "summarise",
     "swd_difference", "swd_interval", "swd_parts", "versions", "write_results",

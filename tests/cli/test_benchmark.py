@@ -9,12 +9,19 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from latentindigo import evaluation, metrics
 from latentindigo.cli import ExitCode, app
 from latentindigo.images import LoadedImage, save_image
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["benchmark", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(autouse=True)
+def quick_swd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few patches: the distance itself is tested elsewhere."""
+    monkeypatch.setattr(evaluation, "swd", lambda x, ref, **_: metrics.swd(x, ref, patches=100, projections=4))
 
 
 @pytest.fixture
