@@ -430,7 +430,7 @@ def versions(pipe: RestorationPipeline | None = None) -> dict[str, str]:
     source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     found["source"] = hashlib.sha256(source).hexdigest()[:16]
     if pipe is not None:
-        found |= {"weights": pipe.weights_hash()[:16], "dtype": str(pipe.dtype).removeprefix("torch.")}
+        found |= {"weights": pipe.weights_hash()[:16], "dtype": str(pipe.prior.dtype).removeprefix("torch.")}
     return found
 
 
