@@ -42,4 +42,4 @@ class Supervised:
 
 def make(pipe: RestorationPipeline) -> Supervised:
     """What the benchmark calls."""
-    return Supervised(Estimator.from_pretrained(WEIGHTS).to(pipe.device, pipe.dtype))
+    return Supervised(Estimator.from_pretrained(WEIGHTS).to(pipe.device))

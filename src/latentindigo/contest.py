@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def run_contest(
     Args:
         pipe: Our pipeline; rivals sample with its prior.
         settings: What is compared on what.
-        target: Result file `<name>.json`; `<name>.md`, `<name>.png` and `<name>-<protocol>.png` come beside it.
+        target: Result file `<date>-<suite>.json`, or `<suite>.json`. Under the same name come `.md`, `.png`, and
+            `-<protocol>.png` beside it.
         on_image: Called after each restoration with the protocol, the image's place, the number of images, the
             contender and the row.
 
@@ -122,6 +124,7 @@ def run_contest(
     rows: list[Row] = []
     summary: list[dict[str, Any]] = []
     used: dict[str, Any] = {}
+    suite = re.sub(r"^\d{4}-\d{2}-\d{2}-", "", target.stem)
     target.parent.mkdir(parents=True, exist_ok=True)
     for protocol in protocols:
         pairs, measured = _run_protocol(pipe, settings, protocol, on_image)
@@ -131,7 +134,7 @@ def run_contest(
         summary += entries
         used |= {f"{protocol.name}: {' '.join(m.contender.key)}": _settings_of(m.contender) for m in measured}
         done = protocols[: protocols.index(protocol) + 1]
-        write_results(target, target.stem, done, rows, summary, pipe=pipe, settings=used)
+        write_results(target, suite, done, rows, summary, pipe=pipe, settings=used)
         _save_grid(target.with_name(f"{target.stem}-{protocol.name}.png"), measured, pairs)
     result = json.loads(target.read_text())
     target.with_suffix(".md").write_text(tables(result))

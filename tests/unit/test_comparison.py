@@ -261,6 +261,7 @@ def test_a_contest_writes_its_files(album: Path, tmp_path: Path, tiny_pipeline: 
     target = tmp_path / "out" / "2025-01-01-x.json"
     result = run_contest(tiny_pipeline, settings, target, lambda p, k, n, c, row: seen.append((p.name, c.method)))
     check_result_schema(result)
+    assert result["suite"] == "x"
     assert len(seen) == 6 + 6 + 5
     keys = {(e["protocol"], e["method"], e["variant"]) for e in result["summary"]}
     assert ("mild", "ddnm", "true") in keys
