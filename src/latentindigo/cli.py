@@ -475,10 +475,11 @@ def train(
 
 app.command(
     help="Compare methods on photographs: quality, time, memory.\n\nPublished methods run on the same diffusion model. "
-    "Those that must be told the damage run twice: told the truth, and told only that the photograph was made smaller.",
+    "Those that must be told the damage run twice: told the truth, and told only that the photograph was made smaller. "
+    "They take their papers' settings, some of them 1000 steps, unless the model folder's rivals.json says otherwise.",
     epilog=examples(
         "latentindigo benchmark photos/ -o results/ --protocol medium --protocol severe",
-        "latentindigo benchmark photos/ -o results/ --method default --method psld --limit 4 --crop 128",
+        "latentindigo benchmark photos/ -o results/ --method default --method latino --limit 4 --crop 128",
         "latentindigo benchmark old-photos/ -o results/ --protocol real --method default --method vivid",
         "latentindigo benchmark photos/ -o results/ --add my_method.py",
     ),

@@ -75,12 +75,12 @@ def _figure(columns: int, width: float = 5.5, height: float = 4.4) -> tuple[Any,
 
 
 def plot_quality(result: Mapping[str, Any], target: Path, metrics: Sequence[str] = ("psnr", "swd")) -> None:
-    """Quality against seconds per image, one row of panels for the first protocol that has the measures.
+    """Quality against seconds per image, one panel per protocol and measure.
 
     Args:
         result: The decoded JSON.
         target: Picture to write; the suffix decides the format.
-        metrics: One panel each.
+        metrics: Measures; what a method lacks is left out.
 
     Raises:
         NoMatplotlibError: If Matplotlib is missing.

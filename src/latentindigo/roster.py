@@ -14,7 +14,6 @@ A rival's settings are those of the model folder's `rivals.json` where it names 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -141,8 +140,7 @@ def recruit(
             method, variant, call = _OURS[name]
             contenders.append(Contender(method, variant, Pipeline(pipe, name, **call)))
         elif name == "diffbir":
-            estimate = functools.partial(_stage_one, EstimatorAlone(pipe))
-            contenders.append(Contender(name, "", _made(DiffBIRGuidance, _prior(pipe), estimate, **fields)))
+            contenders.append(Contender(name, "", _made(DiffBIRGuidance, _prior(pipe), EstimatorAlone(pipe), **fields)))
         elif name in _BLIND:
             contenders.append(Contender(name, "", _made(_BLIND[name], _prior(pipe), **fields)))
         else:
@@ -171,10 +169,6 @@ def _told(
 def _prior(pipe: RestorationPipeline) -> Any:
     """The pipeline's prior with a counter of its own."""
     return pipe.prior.counting(Calls())
-
-
-def _stage_one(estimator: EstimatorAlone, y: Any, scale: int) -> Any:
-    return estimator(y, scale, ())
 
 
 def _made(kind: Callable[..., Restorer], *args: Any, **fields: Any) -> Restorer:
