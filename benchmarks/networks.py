@@ -42,7 +42,7 @@ def coarse(bench: Bench) -> Sequence[str]:
         x = pair.clean[None].to(prior.device)
         gamma = bench.gamma(pair.y)
         small = pil_resize(x, (x.shape[-1] // 4, x.shape[-2] // 4))
-        target = _without_noise(pair).to(x)
+        target = without_noise(pair).to(x)
         found = {
             ("pixels", "bicubic"): (small, target),
             ("pixels", "pixel-inn"): (pipe.pixel_inn(x.to(gamma), gamma, 2)[0], target),
@@ -66,7 +66,7 @@ def coarse(bench: Bench) -> Sequence[str]:
     return ("mse", "mse_over_bicubic", "max_error")
 
 
-def _without_noise(pair: Pair) -> Tensor:
+def without_noise(pair: Pair) -> Tensor:
     """The same draw of the second-order recipe, with its blurs and resizes only."""
     return degrade(pair.clean[None], "random", sample_generator(0, pair.number), jpeg=False, noise=False)
 
@@ -80,7 +80,7 @@ def _linear_map(bench: Bench) -> Callable[[Tensor], Tensor]:
     inputs, targets = [], []
     for pair in pairs:
         z = F.pixel_unshuffle(bench.prior.encode(pair.clean[None].to(bench.prior.device)), 4)
-        target = bench.prior.encode(_without_noise(pair).to(z))
+        target = bench.prior.encode(without_noise(pair).to(z))
         inputs.append(F.pad(z.flatten(2)[0].T, (0, 1), value=1.0).double())
         targets.append(target.flatten(2)[0].T.double())
     a, b = torch.cat(inputs), torch.cat(targets)

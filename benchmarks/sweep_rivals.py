@@ -110,7 +110,7 @@ def sweep(bench: Bench, name: str, told: str) -> None:
     del bench.protocols[1:]
     for number in range(bench.args.tries):
         tried = [r["seconds"] for r in bench.rows if r["method"] == name and r["variant"].startswith(told)]
-        if sum(tried) >= bench.args.seconds:
+        if sum(tried) >= bench.args.seconds and number >= bench.args.fewest:
             return
         settings = draw(name, told, number)
         key = f"{name} bicubic" if told == "bicubic" else name
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(SPACES), default=list(SPACES), metavar="NAME")
     parser.add_argument("--seconds", type=float, default=1100, help="budget of a rival, for each thing it is told")
+    parser.add_argument("--fewest", type=int, default=6, help="tries that are made even if they cost more")
     parser.add_argument("--tries", type=int, default=60, help="most tries")
     parser.add_argument("--limit", type=int, default=16, help="tuning photographs")
     parser.add_argument("--batch", type=int, default=8)

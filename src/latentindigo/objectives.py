@@ -31,7 +31,7 @@ from latentindigo.data import PhotoFolder, sample_generator
 from latentindigo.degradations import apply, check_training_range, draw_simple, draw_training
 from latentindigo.images import contact_sheet
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
-from latentindigo.lifting import haar_lift, lazy_split
+from latentindigo.lifting import CoarseGain, ConditionedBlocks, haar_lift, lazy_split
 from latentindigo.model_folder import model_folder
 
 __all__ = ["OBJECTIVES", "Objective"]
@@ -458,10 +458,25 @@ class PixelINNObjective(Objective):
         }
 
 
-class LatentINNObjective(Objective):
-    """The latent INN: coarse part of z = E(x) against E(y), with E, F and the stage-one estimate frozen."""
+def _cut_gamma_off(inn: InvertibleNet) -> None:
+    """Set the weights that gamma is multiplied by to zero, and freeze them: every gamma then gives the same network."""
+    for module in inn.modules():
+        if isinstance(module, ConditionedBlocks):
+            reader = module.scale[0]
+        elif isinstance(module, CoarseGain):
+            reader = module.logarithm[0]
+        else:
+            continue
+        nn.init.zeros_(reader.weight).requires_grad_(False)
 
-    settings = frozenset({"base", "inverse_weight", "spread_weight"})
+
+class LatentINNObjective(Objective):
+    """The latent INN: coarse part of z = E(x) against E(y), with E, F and the stage-one estimate frozen.
+
+    `conditioned = false` cuts gamma off inside the network, for good: what is saved ignores it too. For comparison.
+    """
+
+    settings = frozenset({"base", "conditioned", "inverse_weight", "spread_weight"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -469,6 +484,8 @@ class LatentINNObjective(Objective):
         self.vae = _frozen(PatchAutoencoder.from_pretrained(base / "vae"))
         self.degradation_encoder = _frozen(DegradationEncoder.from_pretrained(base / "degradation_encoder"))
         self.latent_inn = InvertibleNet(**model)
+        if not settings.get("conditioned", True):
+            _cut_gamma_off(self.latent_inn)
         self.networks = {"latent_inn": self.latent_inn}
         self.inverse_weight = float(settings.get("inverse_weight", 0.1))
         self.spread_weight = float(settings.get("spread_weight", 0.1))

@@ -749,6 +749,18 @@ def test_the_band_mix_starts_as_the_best_linear_map(base: Path, photos: Path) ->
     assert float(torch.linalg.matrix_rank(mix.matrix)) == len(mix.matrix)
 
 
+def test_an_unconditioned_network_ignores_gamma_once_trained_and_saved(run: Run) -> None:
+    z, gammas = torch.randn(1, 4, 16, 16), torch.randn(2, 1, GAMMA_DIM)
+
+    @torch.no_grad()
+    def coarse_parts(folder: Path) -> list[Tensor]:
+        network = InvertibleNet.from_pretrained(folder / "final" / "latent_inn")
+        return [network(z, gamma, 1)[0] for gamma in gammas]
+
+    assert torch.equal(*coarse_parts(run("latent-inn", "deaf", steps=3, objective={"conditioned": False})))
+    assert not torch.equal(*coarse_parts(run("latent-inn", "hears", steps=3)))
+
+
 def test_the_spread_is_the_error_of_the_estimate(base: Path, photos: Path) -> None:
     objective = objective_of("latent-inn", base)
     assert isinstance(objective, LatentINNObjective)
