@@ -1,9 +1,9 @@
-"""The tables of results in README.md, from a file of the suite `embedded`.
+"""The tables of results in README.md and benchmarks/README.md, from committed result files.
 
-    python benchmarks/tables.py benchmarks/results/<date>-embedded.json           # print them
-    python benchmarks/tables.py benchmarks/results/<date>-embedded.json --write   # put them into README.md
+    python benchmarks/tables.py                # print them, from the newest file of each suite
+    python benchmarks/tables.py --write        # put them into the two pages
 
-They stand between two comments in README.md; a test compares them with the newest committed file.
+Each stands between two comments of its page; a test compares them with the newest committed files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
+from latentindigo.evaluation import paired_difference
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
 PRESETS = ("faithful", "default", "vivid")
 METHODS = {"LatentINN": "latent-inn", "PixelINN": "pixel-inn"}
 UPDATES = ("projection", "stopped", "through")
@@ -90,29 +93,173 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def insert(text: str, summary: Summary) -> str:
-    """README's text with the tables put in place of the old ones.
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+OURS = "latentindigo"
+CONTESTS = ("contest-medium", "contest-severe")
+
+
+def comparison(results: Sequence[dict[str, Any]]) -> str:
+    """Every method of the contests, the rivals that are told bicubic only against ours, and what PSLD costs.
+
+    Args:
+        results: Decoded result files, one protocol each.
+    """
+    return "\n\n".join((_contestants(results), _against_rivals(results), _cost(results[0])))
+
+
+def _contestants(results: Sequence[dict[str, Any]]) -> str:
+    protocols = [next(iter(result["protocols"])) for result in results]
+    entries = [{(e["method"], e["variant"]): e for e in result["summary"]} for result in results]
+    keys = sorted(entries[0], key=lambda key: -entries[0][key]["psnr"]["mean"])
+    calls = {(r["method"], r["variant"]): (r.get("calls") or {}).get("denoiser") for r in results[0]["rows"]}
+
+    def both(key: tuple[str, str], metric: str, digits: int, factor: float = 1.0) -> str:
+        found = [e.get(key, {}).get(metric) for e in entries]
+        return " / ".join("–" if f is None else f"{factor * f['mean']:.{digits}f}" for f in found)
+
+    rows = []
+    for key in keys:
+        method, variant = key
+        name = f"**{variant}**" if method == OURS else f"{method}, {variant}" if variant else method
+        cost = [both(key, metric, digits).split(" / ")[0] for metric, digits in (("seconds", 2), ("extra_mb", 0))]
+        figures = [both(key, "psnr", 2), both(key, "ms_ssim", 3), both(key, "niqe", 1), both(key, "swd", 1, 1000)]
+        rows.append([name, *figures, both(key, "gradient_energy", 2), str(calls.get(key) or "–"), *cost])
+    heads = ["Method, told", "PSNR", "MS-SSIM", "NIQE", "swd · 1000", "Energy", "Denoiser", "Seconds", "MB"]
+    head = (
+        f"All on the same prior, `{'` / `'.join(protocols)}`, best PSNR first. Bold: ours. Denoiser: evaluations. MB: "
+        "peak memory above\nthe loaded model. Seconds, MB and evaluations are those of the first protocol."
+    )
+    return f"{head}\n\n" + _table(heads, rows)
+
+
+def _against_rivals(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for key in [(e["method"], e["variant"]) for e in results[0]["summary"] if e["variant"] == "bicubic"]:
+        cells = []
+        for metric, ours, factor, digits in (
+            ("psnr", "faithful", 1, 2), ("psnr", "default", 1, 2), ("swd", "default", 1000, 1)
+        ):  # fmt: skip
+            for result in results:
+                entry = next(e for e in result["summary"] if (e["method"], e["variant"]) == key)
+                found = entry.get(f"{metric}_minus_{ours}")
+                if found is None:
+                    protocol = next(iter(result["protocols"]))
+                    found = paired_difference(result["rows"], key, (OURS, ours), protocol, metric)._asdict()
+                # Rival minus ours turned round, so that a plus is always a win of ours.
+                sign = -factor if metric == "psnr" else factor
+                low, high = sorted((sign * found["low"], sign * found["high"]))
+                mark = "" if low > 0 else "lost: " if high < 0 else "open: "
+                cells.append(f"{mark}{sign * found['mean']:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+        rows.append([key[0], *(" / ".join(cells[k : k + len(results)]) for k in range(0, len(cells), len(results)))])
+    heads = [
+        "Rival told bicubic",
+        "PSNR, `faithful` over it",
+        "PSNR, `default` over it",
+        "swd · 1000, `default` under it",
+    ]
+    head = (
+        "Against the rivals that know what a user knows, the scale. A plus is a win of ours; 95 % intervals, paired by "
+        "image; *open*:\nthe interval holds zero."
+    )
+    return f"{head}\n\n" + _table(heads, rows)
+
+
+def _cost(result: dict[str, Any]) -> str:
+    entries = {(e["method"], e["variant"]): e for e in result["summary"]}
+    ours, theirs = entries[OURS, "default"], entries["psld", "true"]
+    steps = {(r["method"], r["variant"]): r["nfe"] for r in result["rows"]}
+    time, memory = (theirs[m]["mean"] / ours[m]["mean"] for m in ("seconds", "extra_mb"))
+    return (
+        f"`default` ({steps[OURS, 'default']} evaluations) takes 1/{time:.1f} of the time of PSLD in "
+        f"{steps['psld', 'true']} evaluations (its paper: 1000),\nand 1/{memory:.1f} of its memory above the loaded model."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- ablations
+
+ABLATIONS = ("ablation-sampling", "ablation-trained")
+
+
+def ablations(results: Sequence[dict[str, Any]]) -> str:
+    """What each part brings: rows of `ablations.py`, each against its base."""
+    parts = []
+    for result, label in zip(results, ("base", "unguided"), strict=True):
+        names = {"psnr": "PSNR", "gradient_energy": "Energy", "swd": "swd · 1000", "seconds": "Seconds"}
+        heads = ["", "", *names.values(), f"PSNR over {label}"]
+        rows = []
+        for entry in result["summary"]:
+            if "psnr" in entry:
+                figures = [
+                    f"{entry[m]['mean'] * (1000 if m == 'swd' else 1):.{d}f}"
+                    for m, d in (("psnr", 2), ("gradient_energy", 2), ("swd", 1), ("seconds", 2))
+                ]
+                rows.append([entry["method"], entry["variant"], *figures, _interval(entry.get(f"psnr_minus_{label}"))])
+        parts.append(_table(heads, rows))
+    coarse = [e for e in results[1]["summary"] if "mse" in e]
+    rows = [
+        [e["variant"], f"{e['mse']['mean']:.4f}", *(_interval(e.get(f"mse_over_{n}"), 3) for n in ("bicubic", "base"))]
+        for e in coarse
+    ]
+    parts.append(_table(["Coarse part of", "Squared error", "Over E(bicubic)'s", "Over the base's"], rows))
+    return "\n\n".join(parts)
+
+
+def _interval(found: dict[str, Any] | None, digits: int = 2) -> str:
+    if found is None:
+        return "–"
+    sign = "+" if digits == 2 else ""
+    return f"{found['mean']:{sign}.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def newest(suite: str) -> dict[str, Any] | None:
+    """The newest committed result file of a suite, None if there is none."""
+    found = sorted(path for path in RESULTS.glob("*.json") if re.sub(r"^\d{4}-\d{2}-\d{2}-", "", path.stem) == suite)
+    return json.loads(found[-1].read_text()) if found else None
+
+
+# Name of the place -> page, suites, and what makes the text of their results.
+PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]]], str]]] = {
+    "results": (README, ("embedded",), lambda results: tables(results[0]["summary"])),
+    "comparison": (README, CONTESTS, comparison),
+    "ablations": (HERE / "README.md", ABLATIONS, ablations),
+}
+
+
+def marks(place: str) -> tuple[str, str]:
+    """The two comments around a place."""
+    return f"<!-- {place}: written by benchmarks/tables.py -->", f"<!-- end of {place} -->"
+
+
+def insert(text: str, place: str, content: str) -> str:
+    """A page's text with new content in one of its places.
 
     Raises:
         ValueError: If the two comments do not stand in it, in this order.
     """
-    pattern = re.compile(f"({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})", re.DOTALL)
+    begin, end = marks(place)
+    pattern = re.compile(f"({re.escape(begin)}\n).*?(\n?{re.escape(end)})", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"two lines {BEGIN!r} and {END!r} expected around the tables")
-    return pattern.sub(lambda match: f"{match[1]}\n{tables(summary)}\n{match[2]}", text, count=1)
+        raise ValueError(f"two lines {begin!r} and {end!r} expected around the tables")
+    return pattern.sub(lambda match: f"{match[1]}\n{content}\n\n{end}", text, count=1)
 
 
 def main() -> None:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    parser.add_argument("--write", action="store_true", help="put them into their pages")
     args = parser.parse_args()
-    summary = json.loads(args.result.read_text())["summary"]
-    if args.write:
-        README.write_text(insert(README.read_text(), summary))
-    else:
-        sys.stdout.write(tables(summary) + "\n")
+    for place, (page, suites, make) in PLACES.items():
+        results = [result for result in map(newest, suites) if result is not None]
+        if len(results) < len(suites):
+            sys.stdout.write(f"{place}: no result file for every one of {', '.join(suites)}\n")
+        elif args.write:
+            page.write_text(insert(page.read_text(), place, make(results)))
+        else:
+            sys.stdout.write(f"{make(results)}\n\n")
 
 
 if __name__ == "__main__":

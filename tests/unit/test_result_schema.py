@@ -347,16 +347,18 @@ def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, roo
     assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
 
 
-def test_the_readme_shows_the_newest_results(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+@pytest.mark.parametrize("place", ["results", "comparison", "ablations"])
+def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    readme_tables = importlib.import_module("tables")
-    newest = max((root / "benchmarks" / "results").glob("*-embedded.json"))
-    summary = json.loads(newest.read_text())["summary"]
-    text = (root / "README.md").read_text()
-    assert readme_tables.insert(text, summary) == text, f"run: python benchmarks/tables.py {newest.name} --write"
+    tables = importlib.import_module("tables")
+    page, suites, make = tables.PLACES[place]
+    results = [tables.newest(suite) for suite in suites]
+    text = page.read_text()
+    assert tables.insert(text, place, make(results)) == text, "run: python benchmarks/tables.py --write"
     # Another figure, and the page no longer agrees.
-    entry = next(e for e in summary if e["method"] == "preset" and e["protocol"] == "medium")
+    entry = next(e for e in results[0]["summary"] if e["protocol"] == "medium" and e["method"] != "bicubic")
     entry["psnr"]["mean"] += 1
-    assert readme_tables.insert(text, summary) != text
-    with pytest.raises(ValueError, match="end of results"):
-        readme_tables.insert(text.replace(readme_tables.END, ""), summary)
+    assert tables.insert(text, place, make(results)) != text
+    end = tables.marks(place)[1]
+    with pytest.raises(ValueError, match=f"end of {place}"):
+        tables.insert(text.replace(end, ""), place, make(results))
