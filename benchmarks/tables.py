@@ -135,7 +135,8 @@ def _contestants(results: Sequence[dict[str, Any]]) -> str:
 
 def _against_rivals(results: Sequence[dict[str, Any]]) -> str:
     rows = []
-    for key in [(e["method"], e["variant"]) for e in results[0]["summary"] if e["variant"] == "bicubic"]:
+    keys = [(e["method"], e["variant"]) for e in results[0]["summary"]]
+    for key in [k for k in keys if k[1].startswith("bicubic") or k[0] in ("sdedit", "diffbir")]:
         cells = []
         for metric, ours, factor, digits in (
             ("psnr", "faithful", 1, 2), ("psnr", "default", 1, 2), ("swd", "default", 1000, 1)
@@ -151,7 +152,12 @@ def _against_rivals(results: Sequence[dict[str, Any]]) -> str:
                 low, high = sorted((sign * found["low"], sign * found["high"]))
                 mark = "" if low > 0 else "lost: " if high < 0 else "open: "
                 cells.append(f"{mark}{sign * found['mean']:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
-        rows.append([key[0], *(" / ".join(cells[k : k + len(results)]) for k in range(0, len(cells), len(results)))])
+        rows.append(
+            [
+                ", ".join(filter(None, key)),
+                *(" / ".join(cells[k : k + len(results)]) for k in range(0, len(cells), len(results))),
+            ]
+        )
     heads = [
         "Rival told bicubic",
         "PSNR, `faithful` over it",
@@ -159,8 +165,8 @@ def _against_rivals(results: Sequence[dict[str, Any]]) -> str:
         "swd · 1000, `default` under it",
     ]
     head = (
-        "Against the rivals that know what a user knows, the scale. A plus is a win of ours; 95 % intervals, paired by "
-        "image; *open*:\nthe interval holds zero."
+        "Against the rivals that know what a user knows, the scale; *realistic*: set to be as realistic as `default`. "
+        "A plus is a\nwin of ours; 95 % intervals, paired by image; *open*: the interval holds zero."
     )
     return f"{head}\n\n" + _table(heads, rows)
 
@@ -172,7 +178,8 @@ def _cost(result: dict[str, Any]) -> str:
     time, memory = (theirs[m]["mean"] / ours[m]["mean"] for m in ("seconds", "extra_mb"))
     return (
         f"`default` ({steps[OURS, 'default']} evaluations) takes 1/{time:.1f} of the time of PSLD in "
-        f"{steps['psld', 'true']} evaluations (its paper: 1000),\nand 1/{memory:.1f} of its memory above the loaded model."
+        f"{steps['psld', 'true']} evaluations\n(its paper: 1000), and 1/{memory:.1f} of its memory above the loaded "
+        "model."
     )
 
 

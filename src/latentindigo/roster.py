@@ -9,7 +9,9 @@
 | `ldps`, `psld`, `resample`, `diffpir`, `ddnm`, `daps`, `latino` | need an operator | the true one; bicubic |
 
 A rival's settings are those of the model folder's `rivals.json` where it names it, else the paper's. An entry
-"psld bicubic" is for the rival that is told bicubic only; without one, both are set alike.
+"psld bicubic" is for the rival that is told bicubic only; without one, both are set alike. An entry that ends in
+"realistic" ("sdedit realistic", "psld bicubic realistic") adds the rival once more, set to be as realistic as the
+preset `default`: most are at their best PSNR when they are smooth, and would otherwise only meet `faithful`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from latentindigo.solver import OperatorSolver
 __all__ = ["BLIND", "NAMES", "TOLD", "load_method", "load_settings", "recruit", "told_truth"]
 
 OURS = "latentindigo"
+REALISTIC = "realistic"
 _SIMPLE: dict[str, Callable[[RestorationPipeline], Restorer]] = {
     "bicubic": lambda pipe: Bicubic(),
     "lanczos": lambda pipe: Lanczos(),
@@ -90,7 +93,8 @@ def load_settings(folder: Path) -> dict[str, dict[str, Any]]:
         settings = {name: dict(fields) for name, fields in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path.name} does not hold settings of rivals: {error}") from error
-    known = (*_BLIND, *_TOLD, *(f"{name} bicubic" for name in _TOLD))
+    blind = (*_BLIND, *(f"{name} bicubic" for name in _TOLD))
+    known = (*blind, *_TOLD, *(f"{name} {REALISTIC}" for name in blind))
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{path.name} names {', '.join(unknown)}; known: {', '.join(known)}")
@@ -133,19 +137,27 @@ def recruit(
     contenders: list[Contender] = []
     settings = settings or {}
     for name in dict.fromkeys(names):
-        fields = settings.get(name, {})
         if name in _SIMPLE:
             contenders.append(Contender(name, "", _SIMPLE[name](pipe)))
         elif name in _OURS:
             method, variant, call = _OURS[name]
             contenders.append(Contender(method, variant, Pipeline(pipe, name, **call)))
-        elif name == "diffbir":
-            contenders.append(Contender(name, "", _made(DiffBIRGuidance, _prior(pipe), EstimatorAlone(pipe), **fields)))
         elif name in _BLIND:
-            contenders.append(Contender(name, "", _made(_BLIND[name], _prior(pipe), **fields)))
+            contenders += _blind(name, pipe, settings)
         else:
             contenders += _told(name, pipe, degradation, scale, settings)
     return contenders
+
+
+def _blind(name: str, pipe: RestorationPipeline, settings: Mapping[str, Mapping[str, Any]]) -> list[Contender]:
+    sets = {"": settings.get(name, {})}
+    if f"{name} {REALISTIC}" in settings:
+        sets[REALISTIC] = settings[f"{name} {REALISTIC}"]
+    start = [EstimatorAlone(pipe)] if name == "diffbir" else []
+    return [
+        Contender(name, variant, _made(_BLIND[name], _prior(pipe), *start, **fields))
+        for variant, fields in sets.items()
+    ]
 
 
 def _told(
@@ -161,8 +173,10 @@ def _told(
         operator, noise = truth
         fields = {**settings.get(name, {}), "noise": noise}
         made.append(Contender(name, "true", _made(_TOLD[name], _prior(pipe), operator, **fields)))
-    fields = settings.get(f"{name} bicubic", settings.get(name, {}))
-    made.append(Contender(name, "bicubic", _made(_TOLD[name], _prior(pipe), Scale(scale), **fields)))
+    sets = {"bicubic": settings.get(f"{name} bicubic", settings.get(name, {}))}
+    if f"{name} bicubic {REALISTIC}" in settings:
+        sets[f"bicubic, {REALISTIC}"] = settings[f"{name} bicubic {REALISTIC}"]
+    made += [Contender(name, v, _made(_TOLD[name], _prior(pipe), Scale(scale), **f)) for v, f in sets.items()]
     return made
 
 

@@ -27,6 +27,7 @@ from latentindigo.contest import ContestSettings, protocol_named, run_contest
 from latentindigo.evaluation import Pair, Protocol, check_result_schema
 from latentindigo.images import LoadedImage, pil_resize, save_image
 from latentindigo.metrics import gradient_energy
+from latentindigo.model_folder import EMBEDDED
 from latentindigo.operators import Scale
 from latentindigo.pipeline import RestorationPipeline
 from latentindigo.roster import BLIND, NAMES, TOLD, load_method, load_settings, recruit
@@ -190,6 +191,24 @@ def test_a_method_that_needs_an_operator_takes_part_twice(tiny_pipeline: Restora
     assert told[0].prior.calls is not told[1].prior.calls, "each counts for itself"
     # A second-order degradation has no one operator that would be the truth.
     assert [c.variant for c in recruit(["psld"], tiny_pipeline, "random", 4)] == ["bicubic"]
+
+
+def test_a_rival_that_is_not_told_the_truth_may_be_set_twice(tiny_pipeline: RestorationPipeline) -> None:
+    settings = {"psld": {"steps": 3}, "psld bicubic realistic": {"steps": 5}, "sdedit realistic": {"steps": 6}}
+    found = recruit(["sdedit", "psld"], tiny_pipeline, "medium", 4, settings)
+    restorers: Any = [c.restorer for c in found]
+    assert [(*c.key, r.steps) for c, r in zip(found, restorers, strict=True)] == [
+        ("sdedit", "", 50), ("sdedit", "realistic", 6),
+        ("psld", "true", 3), ("psld", "bicubic", 3), ("psld", "bicubic, realistic", 5),
+    ]  # fmt: skip
+
+
+def test_the_settings_that_ship_make_every_rival(tiny_pipeline: RestorationPipeline) -> None:
+    settings = load_settings(EMBEDDED)
+    assert {*TOLD, "sdedit", "diffbir"} <= set(settings)
+    told = {key for key in settings if key.endswith("bicubic")}
+    assert told == {f"{name} bicubic" for name in TOLD}
+    assert len(recruit(NAMES, tiny_pipeline, "medium", 4, settings)) == len(BLIND) + 2 + 3 * len(TOLD)
 
 
 def test_unknown_names_and_settings_are_refused(tiny_pipeline: RestorationPipeline) -> None:
