@@ -159,7 +159,7 @@ def _against_rivals(results: Sequence[dict[str, Any]]) -> str:
             ]
         )
     heads = [
-        "Rival told bicubic",
+        "Rival",
         "PSNR, `faithful` over it",
         "PSNR, `default` over it",
         "swd · 1000, `default` under it",

@@ -41,7 +41,10 @@ _JPEG_UNIT = 1.0
 
 _ESTIMATOR_LEVELS = (0, 1, 2)
 _SMALLEST_ENCODER_INPUT = 8
-_STATISTICS = 5  # What `_pooled` gives for each channel.
+_STATISTICS = 5  # What `_Pool` gives for each channel.
+_STRIP_PIXELS = 512 * 1024  # Of y that F looks at in one go; a larger image comes in strips.
+_STRIP_GRID = 16  # Rows of y to a cell of the coarsest scale.
+_STRIP_HALO = 16  # Rows beyond a strip, a multiple of 4; the three scales look 11 rows far.
 
 
 class InvertibleNet(ModelMixin, ConfigMixin):
@@ -190,9 +193,10 @@ class DegradationEstimate:
 class DegradationEncoder(ModelMixin, ConfigMixin):
     """The degradation encoder F: a degraded image of any size -> gamma.
 
-    Statistics of the features of three scales are pooled over the whole image (`_pooled`): noise and compression show
-    in the fine ones, blur in how the three compare. Beside them stand what is known about damage and need not be
-    learned: how well y fits the steps of each JPEG quality, how blocky it is, how its spectrum falls (`traces`).
+    Statistics of the features of three scales are pooled over the whole image (`_Pool`), strip by strip, so that memory
+    does not grow with the image: noise and compression show in the fine ones, blur in how the three compare. Beside
+    them stand what is known about damage and need not be learned: how well y fits the steps of each JPEG quality, how
+    blocky it is, how its spectrum falls (`traces`).
 
     Args:
         gamma_dim: Length d of the degradation embedding.
@@ -246,11 +250,18 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         dtype = self.head.weight.dtype
         y = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT))
         statistics = [traces(y)]
-        h = (y - 0.5).to(dtype=dtype, memory_format=torch.channels_last)
-        for stage in self.stages:
-            h = stage(h)
-            # Pooled in float32: bfloat16 would lose the small variances that tell noise levels apart.
-            statistics += _pooled(h if h.dtype == torch.float64 else h.float())
+        pools = [_Pool() for _ in self.stages]
+        strips = _strips(*y.shape[-2:])
+        for top, bottom in strips:
+            above, below = min(top, _STRIP_HALO), min(y.shape[-2] - bottom, _STRIP_HALO)
+            h = (y[..., top - above : bottom + below, :] - 0.5).to(dtype=dtype, memory_format=torch.channels_last)
+            for level, (stage, pool) in enumerate(zip(self.stages, pools, strict=True)):
+                h = stage(h)
+                stop = h.shape[-2] if bottom == y.shape[-2] else bottom - (top - above) >> level
+                # Pooled in float32: bfloat16 would lose the small variances that tell noise levels apart.
+                pool.add(h[..., above >> level : stop, :].to(torch.promote_types(h.dtype, torch.float32)))
+        for pool in pools:
+            statistics += pool.statistics()
         return self.mlp(torch.cat(statistics, dim=1).to(dtype))
 
     def estimate(self, gamma: Float[Tensor, "b d"]) -> DegradationEstimate:
@@ -271,20 +282,48 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         return DegradationEstimate(blur=blur, noise=noise, jpeg=jpeg)
 
 
-def _pooled(features: Tensor) -> list[Tensor]:
-    """Mean, deviation and three logarithms of energies, each (B, C), of features (B, C, H, W).
+def _strips(height: int, width: int) -> list[tuple[int, int]]:
+    """(top, bottom) of strips of bounded area that cover an image; borders fit the grids of all three scales."""
+    rows = max(1, _STRIP_PIXELS // (width * _STRIP_GRID)) * _STRIP_GRID
+    count = max(1, height // rows)
+    return [(k * rows, height if k == count - 1 else (k + 1) * rows) for k in range(count)]
+
+
+class _Pool:
+    """Mean, deviation and three logarithms of energies, each (B, C), of features that come strip by strip.
 
     Blur is a ratio between energies of different frequencies, and a network of rectifiers does not divide: logarithms
     turn ratios into differences. The energy of the whole image is that of its strongest edges; the mean logarithm over
     small cells lets every place count alike, and the harmonic mean over cells is that of the flattest places, where
     nothing but noise is left.
     """
-    variance, mean = torch.var_mean(features, dim=(-2, -1), correction=0)
-    cell = [min(4, side) for side in features.shape[-2:]]
-    energy = F.avg_pool2d(features.square(), cell) + 1e-5
-    logarithms = (variance + 1e-6).log(), energy.log().mean((-2, -1)), -energy.reciprocal().mean((-2, -1)).log()
-    # Logarithms of energies lie between about -11 and 1: brought to the size of the other statistics.
-    return [mean, (variance + 1e-6).sqrt(), *(0.25 * (value + 5) for value in logarithms)]
+
+    def __init__(self) -> None:
+        self.count, self.cells = 0, 0
+        self.mean = self.squares = self.logs = self.reciprocals = torch.zeros(())
+
+    def add(self, features: Float[Tensor, "b c h w"]) -> None:
+        """Take in a strip whose rows begin at a multiple of a cell."""
+        height, width = features.shape[-2:]
+        count = height * width
+        variance, mean = torch.var_mean(features, dim=(-2, -1), correction=0)
+        total = self.count + count
+        # Sums of squares around the means, merged as in Chan, Golub and LeVeque (1979): nothing cancels.
+        step = mean - self.mean
+        self.squares = self.squares + count * variance + step.square() * (self.count * count / total)
+        self.mean = self.mean + step * (count / total)
+        self.count = total
+        energy = F.avg_pool2d(features.square(), [min(4, side) for side in (height, width)]) + 1e-5
+        self.cells += energy.shape[-2] * energy.shape[-1]
+        self.logs = self.logs + energy.log().sum((-2, -1))
+        self.reciprocals = self.reciprocals + energy.reciprocal().sum((-2, -1))
+
+    def statistics(self) -> list[Tensor]:
+        """What `_STATISTICS` counts."""
+        variance = self.squares / self.count + 1e-6
+        logarithms = variance.log(), self.logs / self.cells, -(self.reciprocals / self.cells).log()
+        # Logarithms of energies lie between about -11 and 1: brought to the size of the other statistics.
+        return [self.mean, variance.sqrt(), *(0.25 * (value + 5) for value in logarithms)]
 
 
 class Estimator(ModelMixin, ConfigMixin):

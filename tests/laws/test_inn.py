@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from latentindigo import inn as inn_module
+from latentindigo import traces as traces_module
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.jpeg import jpeg
 from latentindigo.lifting import lift
@@ -666,3 +668,19 @@ def test_traces_are_finite_and_counted() -> None:
         assert bool(found.isfinite().all())
     with pytest.raises(ValueError, match="at least 8 pixels"):
         traces(torch.zeros(1, 3, 7, 20))
+
+
+@pytest.mark.parametrize("size", [(203, 177), (64, 16), (16, 400), (97, 33)])
+@torch.no_grad()
+def test_the_embedding_does_not_depend_on_the_strips(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = randomise_(DegradationEncoder(gamma_dim=8, width=4), 3, 0.5).double()
+    y = torch.rand(2, 3, *size, dtype=torch.float64)
+    whole = encoder(y)
+    for module in (inn_module, traces_module):
+        monkeypatch.setattr(module, "_STRIP_PIXELS", size[1] * 16)
+    assert len(inn_module._strips(*size)) == size[0] // 16
+    torch.testing.assert_close(encoder(y), whole, rtol=0, atol=1e-9)
+    # Strips that cannot see their neighbours would not do.
+    monkeypatch.setattr(inn_module, "_STRIP_HALO", 0)
+    if size[0] >= 32:
+        assert (encoder(y) - whole).abs().max() > 1e-6
