@@ -18,7 +18,7 @@ All tiles of an image have one size: `tile` is an upper limit, and no tile is a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Ramp", "TilingConfig", "blend_windows", "plan_tiles", "tiled_map"]
+__all__ = ["Fusion", "Ramp", "Tile", "Tiles", "TilingConfig", "blend_windows", "plan_tiles", "tiled_map"]
 
 Ramp = Literal["cosine", "linear"]
 
@@ -154,6 +154,176 @@ def _rise(distance: Tensor, shared: int, reach: float, ramp: Ramp) -> Tensor:
     return t if ramp == "linear" else torch.sin(t * (math.pi / 2)).square()
 
 
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a canvas.
+
+    Attributes:
+        rows: (top, bottom) on the canvas.
+        columns: (left, right) on the canvas.
+        place: Its row and column among the tiles.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    place: tuple[int, int]
+
+    def cut(self, x: Float[Tensor, "b c h w"], num: int = 1, den: int = 1) -> Float[Tensor, "b c h2 w2"]:
+        """The part of `x` that the tile covers; `x` lies on a grid num / den times as fine as the canvas (a view)."""
+        (top, bottom), (left, right) = (_scaled([span], num, den)[0] for span in (self.rows, self.columns))
+        return x[..., top:bottom, left:right]
+
+
+class Tiles:
+    """The tiles of a canvas in reading order, their weights on any related grid, and how results are fused.
+
+    A canvas that fits into one tile has one tile with weight 1 everywhere, so that the code for tiles is the code for
+    whole images.
+
+    Args:
+        height: Height of the canvas, a multiple of `multiple`.
+        width: Width of the canvas, likewise.
+        tiling: Tile and overlap in units of the canvas; None = one tile.
+        multiple: Tile sides and starts are multiples of this.
+        reach: Outermost units of a tile, on its inner sides, that get the weight 0; at most the overlap.
+        ramp: Shape of the transition between neighbours.
+
+    Raises:
+        ValueError: If the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        tiling: TilingConfig | None,
+        multiple: int = 1,
+        *,
+        reach: int = 0,
+        ramp: Ramp = "cosine",
+    ) -> None:
+        if tiling is not None and not 0 <= reach <= tiling.overlap:
+            raise ValueError(
+                f"Tiles: expected 0 <= reach <= overlap, got reach={reach} and overlap={tiling.overlap}; raise the "
+                "overlap to the reach of the function"
+            )
+        self.height, self.width, self.reach, self.ramp = height, width, reach, ramp
+        tile, overlap = (tiling.tile, tiling.overlap) if tiling is not None else (max(height, width), 0)
+        self.rows, self.columns = (
+            plan_tiles(side, tile, overlap, multiple) if tiling is not None else [(0, side)] for side in (height, width)
+        )
+        self._windows: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.rows) * len(self.columns)
+
+    def __iter__(self) -> Iterator[Tile]:
+        """Yield the tiles row by row."""
+        for i, rows in enumerate(self.rows):
+            for j, columns in enumerate(self.columns):
+                yield Tile(rows, columns, (i, j))
+
+    def windows(self, num: int = 1, den: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of the rows and of the columns of tiles on a grid num / den times as fine as the canvas."""
+        if (num, den) not in self._windows:
+            spans = (_scaled(spans, num, den) for spans in (self.rows, self.columns))
+            rows, columns = (blend_windows(s, reach=self.reach * num / den, ramp=self.ramp) for s in spans)
+            self._windows[num, den] = rows, columns
+        return self._windows[num, den]
+
+    def weight(self, tile: Tile, num: int = 1, den: int = 1) -> Float[Tensor, "h w"]:
+        """A tile's weight at each place; over all tiles they sum to 1."""
+        rows, columns = self.windows(num, den)
+        return torch.outer(rows[tile.place[0]], columns[tile.place[1]])
+
+    def fusion(self, num: int = 1, den: int = 1, dtype: torch.dtype | None = None) -> Fusion:
+        """An empty canvas, num / den times as fine, that takes in the results of all tiles in order.
+
+        Args:
+            num: Numerator of its scale.
+            den: Denominator of its scale.
+            dtype: What it is kept in; None = as the results are, float16 halves the memory of a large picture.
+        """
+        return Fusion(self, num, den, dtype)
+
+
+class Fusion:
+    """The weighted sum of the tiles' results, Σ_i w_i r_i, built row of tiles by row of tiles.
+
+    Sums are taken in float32 (float64 for float64) on one row of tiles at a time; only what is finished is kept in the
+    canvas's own dtype. Gradients pass. Use `Tiles.fusion`.
+    """
+
+    def __init__(self, tiles: Tiles, num: int, den: int, dtype: torch.dtype | None) -> None:
+        self._tiles, self._scale, self._dtype = tiles, (num, den), dtype
+        self._spans = [_scaled(spans, num, den) for spans in (tiles.rows, tiles.columns)]
+        self._strip: Tensor | None = None
+        self._carry: Tensor | None = None
+        self._canvas: Tensor | None = None
+        self._result: torch.dtype | None = None
+
+    def add(self, tile: Tile, result: Float[Tensor, "b c h w"]) -> None:
+        """Take in a tile's result; tiles come in the order of `Tiles`.
+
+        Args:
+            tile: Which.
+            result: (B, C, h, w), as large as the tile on this canvas's grid.
+
+        Raises:
+            ValueError: If the size is another.
+        """
+        (top, bottom), (left, right) = (spans[k] for spans, k in zip(self._spans, tile.place, strict=True))
+        if result.ndim != 4 or tuple(result.shape[-2:]) != (bottom - top, right - left):
+            raise ValueError(
+                f"expected a result of (B, C, {bottom - top}, {right - left}) for this tile, got "
+                f"{tuple(result.shape)}; check scale_num/scale_den"
+            )
+        if len(self._tiles) == 1:
+            self._canvas = result if self._dtype is None else result.to(self._dtype)
+            return
+        self._result = result.dtype
+        total = torch.float64 if result.dtype == torch.float64 else torch.float32
+        if tile.place[1] == 0:
+            size = (*result.shape[:2], bottom - top, self._spans[1][-1][1])
+            self._strip = torch.zeros(size, dtype=total, device=result.device)
+        if self._strip is None:
+            raise ValueError("tiles must be added row by row, from the left")
+        columns = self._tiles.windows(*self._scale)[1][tile.place[1]].to(self._strip)
+        self._strip[..., left:right] += columns * result.to(total)
+        if tile.place[1] == len(self._tiles.columns) - 1:
+            self._finish_row(tile.place[0])
+
+    def _finish_row(self, i: int) -> None:
+        """Weigh a finished row of tiles, add what the last one left, and keep what no later row reaches."""
+        strip, rows = self._strip, self._spans[0]
+        if strip is None:
+            return
+        weighted = strip * self._tiles.windows(*self._scale)[0][i].to(strip)[:, None]
+        top, bottom = rows[i]
+        if self._carry is not None:
+            shared = min(self._carry.shape[-2], bottom - top)
+            weighted[..., :shared, :] += self._carry[..., :shared, :]
+        done = (rows[i + 1][0] if i + 1 < len(rows) else bottom) - top
+        kept = weighted[..., :done, :]
+        if self._canvas is None:
+            size = (*strip.shape[:2], rows[-1][1], strip.shape[-1])
+            self._canvas = torch.empty(size, dtype=self._dtype or self._result, device=strip.device)
+        self._canvas[..., top : top + done, :] = kept.to(self._canvas.dtype)
+        self._carry = weighted[..., done:, :].clone()
+        self._strip = None
+
+    def result(self) -> Float[Tensor, "b c h w"]:
+        """The canvas, once every tile is in.
+
+        Raises:
+            ValueError: If tiles are missing.
+        """
+        if self._canvas is None or self._strip is not None:
+            raise ValueError("tiles are missing; add every one before asking for the result")
+        return self._canvas
+
+
 def tiled_map(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "b c h w"],
@@ -165,6 +335,7 @@ def tiled_map(
     reach: int = 0,
     multiple: int = 1,
     ramp: Ramp = "cosine",
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "b c2 h2 w2"]:
     """Apply an image-to-image function tile by tile and fuse the results by a partition of unity.
 
@@ -183,50 +354,22 @@ def tiled_map(
             result then equals `fn(x)`. 0 gives the widest ramp.
         multiple: Tile sides and starts are multiples of this as well; it divides H and W.
         ramp: "cosine" or "linear".
+        dtype: What the result is kept in; None = the dtype of the function's result.
 
     Returns:
-        (B, C', H · num / den, W · num / den) in the dtype and on the device of the function's result.
+        (B, C', H · num / den, W · num / den) on the device of the function's result.
 
     Raises:
         ValueError: Tile, overlap, reach and scale do not fit together, or the function returns another size.
     """
-    if scale_num < 1 or scale_den < 1 or not 0 <= reach <= overlap:
-        raise ValueError(
-            f"tiled_map: expected a positive scale and 0 <= reach <= overlap, got {scale_num}/{scale_den}, "
-            f"reach={reach}, overlap={overlap}; raise the overlap to the reach of the function"
-        )
-    height, width = x.shape[-2:]
+    if scale_num < 1 or scale_den < 1:
+        raise ValueError(f"tiled_map: expected a positive scale, got {scale_num}/{scale_den}")
     grid = math.lcm(multiple, scale_den)
-    rows, columns = (plan_tiles(side, tile, overlap, grid) for side in (height, width))
-    scale = scale_num / scale_den
-    out_rows, out_columns = (_scaled(spans, scale_num, scale_den) for spans in (rows, columns))
-    row_windows, column_windows = (blend_windows(s, reach=reach * scale, ramp=ramp) for s in (out_rows, out_columns))
-
-    fused: Tensor | None = None
-    dtype = x.dtype
-    for (top, bottom), (out_top, out_bottom), row_weight in zip(rows, out_rows, row_windows, strict=True):
-        for (left, right), (out_left, out_right), column_weight in zip(
-            columns, out_columns, column_windows, strict=True
-        ):
-            result = fn(x[..., top:bottom, left:right])
-            expected = (out_bottom - out_top, out_right - out_left)
-            if result.ndim != 4 or tuple(result.shape[-2:]) != expected:
-                raise ValueError(
-                    f"tiled_map: expected the function to return (B, C, {expected[0]}, {expected[1]}) for a tile of "
-                    f"{bottom - top}x{right - left}, got {tuple(result.shape)}; check scale_num/scale_den"
-                )
-            if len(rows) == len(columns) == 1:
-                return result
-            if fused is None:
-                dtype = result.dtype
-                total = torch.float64 if dtype == torch.float64 else torch.float32
-                size = (out_rows[-1][1], out_columns[-1][1])
-                fused = torch.zeros(*result.shape[:2], *size, dtype=total, device=result.device)
-            weight = torch.outer(row_weight, column_weight).to(fused)
-            fused[..., out_top:out_bottom, out_left:out_right] += weight * result.to(fused.dtype)
-    if fused is None:  # plan_tiles never returns an empty plan
-        raise ValueError("tiled_map: no tile was planned; pass an image with at least one pixel")
-    return fused.to(dtype)
+    tiles = Tiles(*x.shape[-2:], TilingConfig(tile, overlap), grid, reach=reach, ramp=ramp)
+    fusion = tiles.fusion(scale_num, scale_den, dtype)
+    for part in tiles:
+        fusion.add(part, fn(part.cut(x)))
+    return fusion.result()
 
 
 def _scaled(spans: Sequence[tuple[int, int]], num: int, den: int) -> list[tuple[int, int]]:
