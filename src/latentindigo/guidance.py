@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -42,10 +42,13 @@ __all__ = [
     "Regulariser",
     "draw_noise",
     "make_regulariser",
+    "per_image",
     "trusted_target",
 ]
 
 Update = Literal["projection", "stopped", "through"]
+# What refinement learns from: u, its target, and the weights of the target's places (None = 1).
+Part = tuple[Tensor, Tensor, Tensor | None]
 UPDATES: tuple[Update, ...] = ("projection", "stopped", "through")
 REFERENCE_PIXELS = 512 * 512
 
@@ -106,8 +109,8 @@ class ForwardModel(Protocol):
         """g⁻¹(target, d): u with its coarse part replaced."""
         ...
 
-    def refine(self, u: Tensor, target: Tensor) -> None:
-        """One step of learning the forward model on the image at hand."""
+    def refine(self, parts: Iterable[Part]) -> None:
+        """One step of learning the forward model on the image at hand, which may come in parts."""
         ...
 
 
@@ -163,20 +166,36 @@ class LearnedForward:
         ]
         return torch.cat(images)
 
-    def refine(self, u: Tensor, target: Tensor) -> None:
-        """One Adam step on ‖coarse(u) - target‖² for each image's private copy *(paper)*."""
+    def refine(self, parts: Iterable[Part]) -> None:
+        """One Adam step on ‖coarse(u) - target‖² for each image's private copy *(paper)*.
+
+        Args:
+            parts: (u, target, weight) of each tile, the weights (h, w) those of the target's places in a partition of
+                unity; gradients of all tiles are summed before the step. A whole image is one tile of weight None.
+        """
         if not self._private:
             return
-        self._count(1)
-        u = u.detach()
-        for i, (net, optimizer) in enumerate(zip(self._private, self._optimizers, strict=True)):
-            with torch.enable_grad():
-                coarse, _ = net(u[i : i + 1], self.gamma[i : i + 1], self.levels)
-                loss = (coarse - target[i : i + 1]).square().mean()
-            gradients = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+        total = 0.0
+        sums: list[list[Tensor | None]] = [[None] * len(list(net.parameters())) for net in self._private]
+        for u, target, weight in parts:
+            self._count(1)
+            u = u.detach()
+            total += target[0].numel() if weight is None else float(weight.sum()) * target.shape[1]
+            for i, net in enumerate(self._private):
+                with torch.enable_grad():
+                    coarse, _ = net(u[i : i + 1], self.gamma[i : i + 1], self.levels)
+                    error = (coarse - target[i : i + 1]).square()
+                    loss = error.sum() if weight is None else (error * weight.to(error)).sum()
+                found = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+                sums[i] = [_plus(old, new) for old, new in zip(sums[i], found, strict=True)]
+        for net, optimizer, gradients in zip(self._private, self._optimizers, sums, strict=True):
             for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else gradient / total
             optimizer.step()
+
+
+def _plus(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return new if old is None else old if new is None else old + new
 
 
 def _trainable_copy(inn: InvertibleNet) -> InvertibleNet:
@@ -220,7 +239,7 @@ class LinearForward:
             raise TypeError(f"details of a known operator are the image itself, got {type(details).__name__}")
         return self.operator.project(details, target, self.noise)
 
-    def refine(self, u: Tensor, target: Tensor) -> None:
+    def refine(self, parts: Iterable[Part]) -> None:
         """Nothing to learn: the operator is known."""
 
 
@@ -235,7 +254,12 @@ class DataTerm:
         config: Settings.
         noise: Noise in y that gamma reports, (B,), [0, 1] units.
         unit: Factor on the norms. PixelINN gets the latent size of one pixel unit, so that one zeta serves both.
+
+    Attributes:
+        keeps_graph: Whether "through" needs the graph from z_t to z0 that the sampler's own evaluation leaves.
     """
+
+    keeps_graph = True
 
     def __init__(
         self,
@@ -263,6 +287,15 @@ class DataTerm:
         """Size-independent norm, per image: sqrt(HW / 512²) ‖residual‖₂; its gradient at 0 is 0, not NaN."""
         return (residual.flatten(1).square().sum(1) + 1e-12).sqrt() * self.size_factor
 
+    def residuals(self, z0: Float[Tensor, "b c h w"]) -> list[tuple[float, Tensor]]:
+        """What the loss takes the norms of, with their weights: target - c, and u_inv - u where w_d is not 0."""
+        u = self.open(z0)
+        coarse, details = self.forward_model.split(u)
+        found = [(self.config.w_c, self.target - coarse)]
+        if self.config.w_d:
+            found.append((self.config.w_d, self.forward_model.merge(self.target, details) - u))
+        return found
+
     def loss(self, z0: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
         """w_c ‖target - c‖₂ + w_d ‖u_inv - u‖₂, one value per image *(paper: loss of PixelINN / LatentINN)*.
 
@@ -272,12 +305,17 @@ class DataTerm:
         Returns:
             (B,) losses; differentiable in z0.
         """
-        u = self.open(z0)
-        coarse, details = self.forward_model.split(u)
-        total = self.config.w_c * self._norm(self.target - coarse)
-        if self.config.w_d:
-            total = total + self.config.w_d * self._norm(self.forward_model.merge(self.target, details) - u)
+        (weight, residual), *more = self.residuals(z0)
+        total = weight * self._norm(residual)
+        for weight, residual in more:
+            total = total + weight * self._norm(residual)
         return total
+
+    def consistent(self, z0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """z_inv: the latent with its coarse part replaced by the target."""
+        u = self.open(z0)
+        _, details = self.forward_model.split(u)
+        return self.close(self.forward_model.merge(self.target, details), u, z0)
 
     def gain(self, alpha: float, sigma: float) -> Float[Tensor, " b"]:
         """Trust in the data at one noise level: r² / (r² + (noise_weight * noise)²), r = sigma/sqrt(alpha² + sigma²).
@@ -307,10 +345,7 @@ class DataTerm:
             The correction to add to z0.
         """
         with torch.no_grad():
-            u = self.open(z0)
-            _, details = self.forward_model.split(u)
-            u_inv = self.forward_model.merge(self.target, details)
-            return self.config.beta * _per_image(gain) * (self.close(u_inv, u, z0) - z0)
+            return self.config.beta * per_image(gain) * (self.consistent(z0) - z0)
 
     def descent(self, z0: Float[Tensor, "b c h w"], gain: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Correction -zeta_t grad_{z0} loss of the rule "stopped", zeta_t = zeta * gain.
@@ -325,10 +360,14 @@ class DataTerm:
         with torch.enable_grad():
             z0 = z0.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(z0).sum(), z0)
-        return -self.config.zeta * _per_image(gain) * gradient
+        return -self.config.zeta * per_image(gain) * gradient
 
     def descent_through(
-        self, z0: Float[Tensor, "b c h w"], z_t: Float[Tensor, "b c h w"], gain: Float[Tensor, " b"]
+        self,
+        z0: Float[Tensor, "b c h w"],
+        z_t: Float[Tensor, "b c h w"],
+        gain: Float[Tensor, " b"],
+        predict: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Correction -zeta_t grad_{z_t} loss of the rule "through", differentiated through the denoiser *(paper)*.
 
@@ -336,20 +375,21 @@ class DataTerm:
             z0: Estimate of the clean latent, with its graph back to `z_t`.
             z_t: Noisy latent, the leaf of that graph.
             gain: See `gain`.
+            predict: z_t -> z0; for subclasses that build their own graph, part by part (`keeps_graph` = False).
 
         Returns:
             The correction to add to z_{t-1}.
         """
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.loss(z0).sum(), z_t)
-        return -self.config.zeta * _per_image(gain) * gradient
+        return -self.config.zeta * per_image(gain) * gradient
 
     def refine(self, z0: Float[Tensor, "b c h w"]) -> None:
         """One step of refining the forward model against ‖coarse(z_0 detached) - target‖² *(paper)*."""
         if self.config.refine:
             with torch.no_grad():
                 u = self.open(z0.detach())
-            self.forward_model.refine(u, self.target)
+            self.forward_model.refine([(u, self.target, None)])
 
 
 def trusted_target(
@@ -410,7 +450,8 @@ class LatentINN(DataTerm):
         return u_inv
 
 
-def _per_image(value: Tensor) -> Tensor:
+def per_image(value: Tensor) -> Tensor:
+    """One factor per image, shaped to multiply (B, C, H, W)."""
     return value[:, None, None, None]
 
 
@@ -452,7 +493,7 @@ class TrustRegion(Regulariser):
         """Scale the correction down to the trust radius, per image."""
         size = correction.flatten(1).square().mean(1).sqrt()
         radius = self.weight * sigma
-        return correction * _per_image((radius / size.clamp_min(1e-12)).clamp(max=1.0))
+        return correction * per_image((radius / size.clamp_min(1e-12)).clamp(max=1.0))
 
 
 class AutoencoderConsistency(Regulariser):
@@ -477,9 +518,7 @@ class Gluing(Regulariser):
     def pull(self, z0: Tensor, data: DataTerm) -> Tensor:
         """Move towards the encoding of the data-consistent image."""
         with torch.no_grad():
-            u = data.open(z0)
-            _, details = data.forward_model.split(u)
-            glued = data.close(data.forward_model.merge(data.target, details), u, z0)
+            glued = data.consistent(z0)
             return z0 + self.weight * (self.prior.encode(self.prior.decode(glued)) - z0)
 
 

@@ -13,6 +13,7 @@ Everything is in canonical coordinates, float32; `latentindigo.prior` converts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -54,8 +55,9 @@ def restore_latent(
         guide = data if data is not None and i % data.config.every_k == 0 else None
         through = guide is not None and update == "through"
         alpha, sigma = trajectory.alpha_sigma(i)
-        with torch.set_grad_enabled(through):
-            z_t = z_t.detach().requires_grad_(through)
+        graph = through and guide is not None and guide.keeps_graph
+        with torch.set_grad_enabled(graph):
+            z_t = z_t.detach().requires_grad_(graph)
             prediction = trajectory.predict(z_t, i)
         estimate, z0 = prediction.z0.detach(), prediction.z0
         if guide is not None and update != "through":
@@ -65,7 +67,8 @@ def restore_latent(
             z0 = regulariser.pull(z0, data)
         z_next = trajectory.step(prediction, z0, z_t, i, generators)
         if guide is not None and update == "through":
-            correction = guide.descent_through(prediction.z0, z_t, guide.gain(alpha, sigma))
+            gain, again = guide.gain(alpha, sigma), partial(_predicted, trajectory, i)
+            correction = guide.descent_through(prediction.z0, z_t, gain, again)
             z_next = z_next + regulariser.limit(correction, sigma)
         if guide is not None:
             guide.refine(estimate)
@@ -73,3 +76,7 @@ def restore_latent(
         if on_step is not None:
             on_step(i, z_t, z0.detach())
     return z_t
+
+
+def _predicted(trajectory: Trajectory, i: int, z_t: Tensor) -> Tensor:
+    return trajectory.predict(z_t, i).z0

@@ -264,8 +264,8 @@ class Insists(LatentINN):
     def descent(self, z0: Tensor, gain: Tensor) -> Tensor:
         return super().descent(z0, gain) + 1e-3
 
-    def descent_through(self, z0: Tensor, z_t: Tensor, gain: Tensor) -> Tensor:
-        return super().descent_through(z0, z_t, gain) + 1e-3
+    def descent_through(self, z0: Tensor, z_t: Tensor, gain: Tensor, predict: Any = None) -> Tensor:
+        return super().descent_through(z0, z_t, gain, predict) + 1e-3
 
 
 @pytest.mark.parametrize("make", SCHEDULERS)
@@ -337,8 +337,8 @@ class Uphill(PixelINN):
     def descent(self, z0: Tensor, gain: Tensor) -> Tensor:
         return super().descent(z0, -gain)
 
-    def descent_through(self, z0: Tensor, z_t: Tensor, gain: Tensor) -> Tensor:
-        return super().descent_through(z0, z_t, -gain)
+    def descent_through(self, z0: Tensor, z_t: Tensor, gain: Tensor, predict: Any = None) -> Tensor:
+        return super().descent_through(z0, z_t, -gain, predict)
 
 
 @pytest.mark.parametrize("make", SCHEDULERS)

@@ -164,7 +164,7 @@ def test_passes_of_the_network_are_counted() -> None:
     x = pixels(2)
     coarse, details = model.split(x)
     model.merge(coarse, details)
-    model.refine(x, coarse)
+    model.refine([(x, coarse, None)])
     # One per pass of the whole batch, however many private copies work on it.
     assert passes == [1, 1, 1]
 
@@ -175,7 +175,7 @@ def test_without_a_learning_rate_nothing_is_refined() -> None:
     model = LearnedForward(inn, torch.zeros(1, GAMMA_DIM), 1, None, passes.append)
     x = pixels()
     before = model.split(x)[0]
-    model.refine(x, before + 1)
+    model.refine([(x, before + 1, None)])
     assert torch.equal(model.split(x)[0], before)
     assert passes == [1, 1]
 
@@ -213,7 +213,7 @@ def test_refinement_of_half_precision_networks_takes_small_steps(dtype: torch.dt
     errors: list[float] = []
     for _ in range(8):
         errors.append(float((model.split(x)[0].detach() - target).square().mean()))
-        model.refine(x, target)
+        model.refine([(x, target, None)])
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) == len(errors)
     assert {parameter.dtype for parameter in inn.parameters()} == {dtype}
