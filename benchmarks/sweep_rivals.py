@@ -174,6 +174,7 @@ def main() -> None:
     data = os.environ.get("LATENTINDIGO_DATA", ROOT.parent / "shared" / "data")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[*SPACES, "ours"], default=["ours", *SPACES], metavar="NAME")
+    parser.add_argument("--told", nargs="+", choices=("true", "bicubic"), default=["true", "bicubic"])
     parser.add_argument("--seconds", type=float, default=1100, help="budget of a rival, for each thing it is told")
     parser.add_argument("--fewest", type=int, default=6, help="tries that are made even if they cost more")
     parser.add_argument("--tries", type=int, default=60, help="most tries")
@@ -200,7 +201,7 @@ def main() -> None:
             if name == "ours":
                 sweep_ours(bench)
                 continue
-            for told in ("true", "bicubic") if name in TOLD else ("",):
+            for told in args.told if name in TOLD else ("",):
                 sweep(bench, name, told)
     say(f"tries: {len(bench.summary)}")
 

@@ -8,9 +8,11 @@ denoiser; both only ever grow to the right and below, so that nothing moves.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +30,11 @@ __all__ = [
     "OnCanvas",
     "Plan",
     "centre_crop",
+    "free_memory",
     "from_tensor",
     "group_by_size",
+    "halved",
+    "is_out_of_memory",
     "make_plan",
     "output_size",
     "pad_to",
@@ -41,8 +46,9 @@ __all__ = [
 
 MAX_LEVELS = 3
 AUTO_TILE_PIXELS = 2048 * 2048  # Above this many output pixels, "auto" tiles; below, all stages fit in a few GiB.
-AUTO_TILE = 1536
+AUTO_TILE = 1280
 SMALLEST_TILE = 256
+TILE_GRID = 64  # Sides of tiles: a latent cell of the coarsest grid, at scale 8.
 TILE_OVERLAP = 64
 BATCH_PIXELS = 1024 * 1024
 
@@ -123,9 +129,9 @@ def _to_tensor(image: ImageInput) -> tuple[Tensor, bool]:
 def from_tensor(x: Tensor, output_type: str, grey: bool) -> Any:
     """A restored image (3, H, W) in the form that was asked for: "pil" (grey if `grey`), "np" (H, W, 3) or "pt"."""
     if output_type == "pt":
-        return x
+        return x.float()
     if output_type == "np":
-        return x.permute(1, 2, 0).numpy()
+        return x.float().permute(1, 2, 0).numpy()
     if output_type != "pil":
         raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
     return to_pil(LoadedImage(rgb=x, mode="L" if grey else "RGB"))
@@ -218,11 +224,60 @@ def tiling_from(tile: Literal["auto"] | int | None) -> TilingConfig | None | Lit
         return "auto"
     if not isinstance(tile, int) or tile < SMALLEST_TILE:
         raise ValueError(f"tile must be 'auto', None or a side of at least {SMALLEST_TILE} output pixels, got {tile!r}")
-    return TilingConfig(tile=tile // 32 * 32, overlap=min(TILE_OVERLAP, tile // 4 // 32 * 32))
+    return TilingConfig(tile=tile // TILE_GRID * TILE_GRID, overlap=TILE_OVERLAP)
 
 
-def tiling_for(tile: TilingConfig | None | Literal["auto"], pixels: int) -> TilingConfig | None:
-    """The tiling for a canvas of so many pixels; "auto" tiles large ones only."""
+def tiling_for(tile: TilingConfig | None | Literal["auto"], pixels: int, free: float, cost: int) -> TilingConfig | None:
+    """The tiling for a canvas; "auto" tiles what is large, or larger than half of the free memory can hold at once.
+
+    Args:
+        tile: From `tiling_from`.
+        pixels: Pixels of the canvas.
+        free: Free memory in bytes.
+        cost: Bytes that a pixel of a tile needs while it is worked on.
+
+    Returns:
+        Tile and overlap in pixels of the canvas; None = no tiles.
+    """
     if tile != "auto":
         return tile
-    return TilingConfig(tile=AUTO_TILE, overlap=TILE_OVERLAP) if pixels > AUTO_TILE_PIXELS else None
+    affordable = 0.5 * free / cost
+    if pixels <= min(AUTO_TILE_PIXELS, affordable):
+        return None
+    side = int(min(AUTO_TILE, math.sqrt(affordable))) // TILE_GRID * TILE_GRID
+    return TilingConfig(tile=max(SMALLEST_TILE, side), overlap=TILE_OVERLAP)
+
+
+def halved(tile: TilingConfig | None | Literal["auto"], pixels: int) -> TilingConfig | None:
+    """A tiling of half the side, for when memory ran out; None if tiles cannot get smaller.
+
+    Args:
+        tile: What was used.
+        pixels: Pixels of the output, for tilings that do not name a side.
+    """
+    largest = math.sqrt(pixels) if tile is None else min(AUTO_TILE, math.sqrt(pixels)) if tile == "auto" else tile.tile
+    side = int(largest / 2) // TILE_GRID * TILE_GRID
+    if side < SMALLEST_TILE:
+        return None
+    return TilingConfig(tile=side, overlap=min(TILE_OVERLAP, side // 4 // TILE_GRID * TILE_GRID))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch's CPU allocator and MPS say so in plain RuntimeErrors."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

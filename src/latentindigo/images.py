@@ -60,6 +60,7 @@ __all__ = [
 
 READ_SUFFIXES = frozenset(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
 WRITE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+_STRIP_PIXELS = 2**20  # Quantised at a time.
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -343,21 +344,27 @@ def _from_samples(samples: np.ndarray) -> Image.Image:
 
 
 def _quantise(x: Tensor, bits: int) -> np.ndarray:
-    """(C, H, W) in [0, 1] to (H, W, C) integers, rounded to nearest."""
+    """(C, H, W) in [0, 1] to (H, W, C) integers, rounded to nearest; in strips, so that no float copy is made."""
     peak = 2**bits - 1
-    values = (x.detach().to("cpu", torch.float32).clamp(0, 1) * peak).round().permute(1, 2, 0)
-    return np.ascontiguousarray(values.numpy().astype(np.uint8 if bits == 8 else np.uint16))
+    channels, height, width = x.shape
+    out = np.empty((height, width, channels), np.uint8 if bits == 8 else np.uint16)
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    for top in range(0, height, rows):
+        strip = x[:, top : top + rows].detach().to("cpu", torch.float32)
+        out[top : top + rows] = (strip.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy()
+    return out
 
 
 def _to_samples(image: LoadedImage, bits: int) -> np.ndarray:
     """(H, W, 1..4) integers: grey or RGB, then alpha."""
-    colour = image.rgb.detach().to("cpu", torch.float32)
+    colour = image.rgb
     if image.mode == "L":
         luma = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601, as Pillow's convert("L")
-        colour = (colour * luma[:, None, None]).sum(0, keepdim=True)
-    if image.alpha is not None:
-        colour = torch.cat([colour, image.alpha.detach().to("cpu", torch.float32)])
-    return _quantise(colour, bits)
+        colour = (colour.detach().to("cpu", torch.float32) * luma[:, None, None]).sum(0, keepdim=True)
+    samples = _quantise(colour, bits)
+    if image.alpha is None:
+        return samples
+    return np.concatenate((samples, _quantise(image.alpha, bits)), axis=2)
 
 
 def save_image(

@@ -249,12 +249,17 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         height, width = y.shape[-2:]
         dtype = self.head.weight.dtype
         y = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT))
-        statistics = [traces(y)]
+        device = self.device
+        statistics = [traces(y).to(device)]
         pools = [_Pool() for _ in self.stages]
         strips = _strips(*y.shape[-2:])
         for top, bottom in strips:
             above, below = min(top, _STRIP_HALO), min(y.shape[-2] - bottom, _STRIP_HALO)
-            h = (y[..., top - above : bottom + below, :] - 0.5).to(dtype=dtype, memory_format=torch.channels_last)
+            h = (
+                (y[..., top - above : bottom + below, :].to(device) - 0.5)
+                .to(dtype)
+                .contiguous(memory_format=torch.channels_last)
+            )
             for level, (stage, pool) in enumerate(zip(self.stages, pools, strict=True)):
                 h = stage(h)
                 stop = h.shape[-2] if bottom == y.shape[-2] else bottom - (top - above) >> level

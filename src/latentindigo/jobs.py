@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentindigo import __version__
-from latentindigo.canvas import SMALLEST_TILE, centre_crop, output_size
+from latentindigo.canvas import SMALLEST_TILE, centre_crop, is_out_of_memory, output_size
 from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
 from latentindigo.model_folder import model_folder
 from latentindigo.planning import Task
@@ -447,9 +447,9 @@ def _restore(
 
 def _dress(picture: LoadedImage, restored: Float[Tensor, "3 h w"], crop: bool) -> LoadedImage:
     """Give the restored colours what the source had beside its colours: greyness, opacity, profile, EXIF, depth."""
-    rgb = restored.detach().to("cpu", torch.float32).clamp(0, 1)
+    rgb = restored.detach().cpu()
     if picture.mode == "L":
-        rgb = rgb.mean(0, keepdim=True).expand(3, -1, -1)
+        rgb = rgb.float().mean(0, keepdim=True).expand(3, -1, -1)
     alpha = picture.alpha
     if alpha is not None:
         size = (rgb.shape[2], rgb.shape[1])
@@ -477,17 +477,12 @@ def failure_kind(error: BaseException) -> str:
     Returns:
         "memory", "disk", "model" (it cannot be loaded) or, for anything else, "input".
     """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return "memory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk"
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return "memory"
     if not isinstance(error, RuntimeError):
         return "input"
-    # PyTorch's CPU allocator and MPS report exhaustion as plain RuntimeErrors.
-    if any(sign in str(error).lower() for sign in ("out of memory", "can't allocate memory")):
-        return "memory"
     from latentindigo.pipeline import ModelLoadError  # late, for the reason given in load_pipeline
 
     return "model" if isinstance(error, ModelLoadError) else "input"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
@@ -32,8 +32,11 @@ from latentindigo.canvas import (
     OnCanvas,
     Plan,
     centre_crop,
+    free_memory,
     from_tensor,
     group_by_size,
+    halved,
+    is_out_of_memory,
     make_plan,
     output_size,
     pad_to,
@@ -42,7 +45,6 @@ from latentindigo.canvas import (
     to_coarse_grid,
     to_tensors,
 )
-from latentindigo.color import wavelet_color_fix
 from latentindigo.guidance import (
     DataTerm,
     GuidanceConfig,
@@ -60,11 +62,16 @@ from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
 from latentindigo.sampler import restore_latent
-from latentindigo.texture import draw_around, keep_chroma, keep_coarse, keep_texture, uneven
-from latentindigo.tiling import TilingConfig, tiled_map
+from latentindigo.stages import Finish, Start, latent_tiles
+from latentindigo.texture import draw_around, keep_texture, uneven
+from latentindigo.tiled_guidance import TiledData, counted_once, simulate
+from latentindigo.tiling import Tiles, TilingConfig
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
+# Measured: peak memory of a restoration above the loaded model, divided by its pixels.
+TILE_BYTES = 400
+FOREIGN_TILE_BYTES = 10_000  # Stable Diffusion's autoencoder in float32, which is the hungriest part.
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
@@ -365,8 +372,33 @@ class RestorationPipeline(DiffusionPipeline):
         """Restore a batch of images of one size; passes of at most x8, each from the last one's output."""
         operator = run.operator
         while operator is None and max(target[0] / y.shape[-1], target[1] / y.shape[-2]) > MAX_SCALE * math.sqrt(2):
-            y, _ = self._pass(y, (4 * y.shape[-1], 4 * y.shape[-2]), seeds, run, calls, loop_calls)
-        return self._pass(y, target, seeds, run, calls, loop_calls)
+            y, _ = self._fitting_pass(y, (4 * y.shape[-1], 4 * y.shape[-2]), seeds, run, calls, loop_calls)
+            y = y.float()
+        return self._fitting_pass(y, target, seeds, run, calls, loop_calls)
+
+    def _fitting_pass(
+        self, y: Tensor, target: tuple[int, int], seeds: Sequence[int], run: _Run, calls: Calls, loop_calls: Calls
+    ) -> tuple[Tensor, Tensor]:
+        """One pass, and if memory runs out the same with tiles of half the side."""
+        while True:
+            counted = copy.copy(calls), copy.copy(loop_calls)
+            try:
+                return self._pass(y, target, seeds, run, calls, loop_calls)
+            except (MemoryError, RuntimeError) as error:
+                smaller = halved(run.tile, target[0] * target[1])
+                if not is_out_of_memory(error) or smaller is None:
+                    raise
+            # Outside the handler: the error's traceback holds on to the tensors that filled the memory.
+            for kept, counter in zip(counted, (calls, loop_calls), strict=True):
+                vars(counter).update(vars(kept))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"memory ran out; going on with tiles of {smaller.tile} pixels. Give --tile {smaller.tile} to begin "
+                "with them",
+                stacklevel=4,
+            )
+            run = dataclasses.replace(run, tile=smaller)
 
     def _pass(
         self, y: Tensor, target: tuple[int, int], seeds: Sequence[int], run: _Run, calls: Calls, loop_calls: Calls
@@ -376,23 +408,27 @@ class RestorationPipeline(DiffusionPipeline):
         settings, operator = run.preset, run.operator
         prior = self._build_prior().counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
-        tiling = tiling_for(run.tile, plan.pixels)
+        tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
         if tiling is not None:
             prior = prior.tiled(tiling)
-        y = y.to(device)
+        # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
+        tiles = latent_tiles(prior, plan, tiling if operator is None else None)
+        y = y if len(tiles) > 1 else y.to(device)
         # Holes and known blur are no unknown damage: gamma describes what the operator does not explain.
         coarse = to_coarse_grid(y, target, plan) if operator is None else operator.initial(y)
-        network_dtype = self.degradation_encoder.dtype
-        gamma = self.degradation_encoder(coarse.to(network_dtype))
+        gamma = self.degradation_encoder(coarse)
         noise = self.degradation_encoder.estimate(gamma).noise.float()
         gamma = gamma.to(self.pixel_inn.dtype)
         padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
-        begin = self._start(padded, gamma, plan, settings, operator, tiling)
+        if operator is None:
+            begin = Start(self.estimator, self.pixel_inn, device)(padded, gamma, plan, settings, tiling)
+        else:
+            begin = pad_to(operator.initial(y), plan.padded_width, plan.padded_height).clamp(0, 1)
         start = prior.encode(begin)
         trajectory = prior.trajectory(
             settings.steps, 1.0 if settings.init == "noise" else settings.strength, eta=settings.eta
         )
-        data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, calls)
+        data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, tiles)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def on_step(i: int, z_t: Tensor, z0: Tensor) -> None:
@@ -401,7 +437,7 @@ class RestorationPipeline(DiffusionPipeline):
 
         before = copy.copy(calls)
         regulariser = make_regulariser(settings.guidance, prior)
-        spread = self._spread(start, gamma, settings, operator)
+        spread = self._spread(start, gamma, settings, operator, tiles)
         seeded = draw_around(start, spread, settings.spread, generators)
         z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
         for name, value in dataclasses.asdict(calls).items():
@@ -410,69 +446,29 @@ class RestorationPipeline(DiffusionPipeline):
         if settings.init != "noise":
             share = settings.texture * (1.0 if plan.levels else settings.same_size)
             z = keep_texture(z, start, spread, share)
-        x = prior.decode(z)
-        if settings.init != "noise" and (settings.residual or min(settings.chroma, settings.coarse) < 1):
-            # What the autoencoder alone loses of the start image is no judgement of the prior's: give it back.
-            kept = prior.decode(start)
-            unchanged = kept + settings.residual * (begin - kept)
-            x = keep_chroma(x + unchanged - kept, unchanged, settings.chroma)
-            # At scale 1 y has no band of its own above its grid: half its resolution is taken for well seen.
-            x = keep_coarse(x, unchanged, max(2, 2**plan.levels), settings.coarse)
+        finish = Finish(prior, self.pixel_inn, gamma, plan.levels, settings, operator is None, tiles, device)
+        x, detail = finish(z, start, begin, padded)
         if operator is not None and data is not None:
             # What was measured is kept to the pixel; only the rest is the prior's.
-            x = OnCanvas(operator, plan).project(x, y, float(noise.mean()))
-        if operator is None:
-            reference = F.interpolate(padded, size=x.shape[-2:], mode="bicubic", antialias=True)
-            x = wavelet_color_fix(x, reference)
-        x = x.clamp(0, 1)
-        detail = self._invented_detail(x, gamma, plan.levels)
+            x = OnCanvas(operator, plan).project(x, y, float(noise.mean())).clamp(0, 1)
+            detail = finish.detail(x)
         return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
 
-    def _start(
-        self,
-        y: Tensor,
-        gamma: Tensor,
-        plan: Plan,
-        settings: Preset,
-        operator: Operator | None,
-        tiling: TilingConfig | None,
-    ) -> Tensor:
-        """The image that sampling starts from, on the canvas."""
-        size = (plan.padded_height * 2**plan.levels, plan.padded_width * 2**plan.levels)
-        if operator is not None:
-            return pad_to(operator.initial(y), size[1], size[0]).clamp(0, 1)
-        if settings.init == "estimator" and self.estimator is not None:
-            levels, estimator = min(plan.levels, 2), self.estimator
-            weights = gamma.to(estimator.dtype)
-            if tiling is None:
-                x = estimator.self_ensemble(y, weights, levels, settings.ensemble)
-            else:
-                x = tiled_map(
-                    lambda part: estimator.self_ensemble(part, weights, levels, settings.ensemble),
-                    y,
-                    tiling.tile >> levels,
-                    tiling.overlap >> levels,
-                    scale_num=2**levels,
-                    multiple=4 if levels == 0 else 2 if levels == 1 else 1,
-                )
-            x = x.float().clamp(0, 1)
-        elif settings.init == "inverse":
-            # g⁻¹(y, 0, gamma): y with every detail set to zero.
-            x = self.pixel_inn.inverse(
-                y.to(self.pixel_inn.dtype), self._no_details(y, plan.levels), gamma, plan.levels
-            ).float().clamp(0, 1)  # fmt: skip
-        else:
-            x = y
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        return x
+    def _cost(self) -> int:
+        """Bytes of working memory for each pixel of a tile."""
+        return TILE_BYTES if isinstance(self.vae, PatchAutoencoder) else FOREIGN_TILE_BYTES
 
-    def _spread(self, start: Tensor, gamma: Tensor, settings: Preset, operator: Operator | None) -> Tensor | None:
+    def _spread(
+        self, start: Tensor, gamma: Tensor, settings: Preset, operator: Operator | None, tiles: Tiles
+    ) -> Tensor | None:
         """How far the latent of the stage-one estimate is likely to lie from the truth, None where nothing tells."""
         blind_estimate = operator is None and settings.init == "estimator" and self.estimator is not None
         if not blind_estimate or self.latent_inn is None or not self.latent_inn.has_spread:
             return None
-        return uneven(self.latent_inn.spread(start, gamma.to(self.latent_inn.dtype)))
+        fusion = tiles.fusion()
+        for tile in tiles:
+            fusion.add(tile, self.latent_inn.spread(tile.cut(start), gamma.to(self.latent_inn.dtype)))
+        return uneven(fusion.result())
 
     def _data_term(
         self,
@@ -484,11 +480,12 @@ class RestorationPipeline(DiffusionPipeline):
         plan: Plan,
         settings: Preset,
         operator: Operator | None,
-        calls: Calls,
+        tiles: Tiles,
     ) -> DataTerm | None:
         """PixelINN, LatentINN, the known operator, or nothing."""
         if settings.method == "unguided":
             return None
+        calls, factor = prior.calls, 2**plan.levels
 
         def count(passes: int) -> None:
             calls.inn += passes
@@ -501,26 +498,18 @@ class RestorationPipeline(DiffusionPipeline):
         gain = _noise_gain(prior)
         if settings.method == "latent-inn" and self.latent_inn is not None:
             model = LearnedForward(self.latent_inn, gamma.to(self.latent_inn.dtype), plan.levels, lr, count)
-            measured, (simulated, _) = prior.encode(y), model.split(begin[1])
-            target = trusted_target(measured, simulated, variance * gain, shrink)
-            return LatentINN(prior, model, target, plan.pixels, settings.guidance, noise)
-        model = LearnedForward(self.pixel_inn, gamma, plan.levels, lr, count)
-        target = trusted_target(y, model.split(begin[0])[0], variance, shrink)
-        unit = float(gain.mean().sqrt())
-        return PixelINN(prior, model, target, plan.pixels, settings.guidance, noise, unit)
-
-    def _no_details(self, coarse: Tensor, levels: int) -> tuple[Tensor, ...]:
-        """Details of zero that belong to a coarse part (B, C, h, w), finest first."""
-        b, c, h, w = coarse.shape
-        sizes = [(h << j, w << j) for j in range(levels)][::-1] or [(h, w)]
-        return tuple(coarse.new_zeros(b, 3 * c, *s, dtype=self.pixel_inn.dtype) for s in sizes)
-
-    def _invented_detail(self, x: Tensor, gamma: Tensor, levels: int) -> Tensor:
-        """Map of invented detail |x - g⁻¹(x_c, 0, gamma)|, mean over the colours *(ours: provenance of detail)*."""
-        x = x.to(self.pixel_inn.dtype)
-        coarse, _ = self.pixel_inn(x, gamma, levels)
-        measured = self.pixel_inn.inverse(coarse, self._no_details(coarse, levels), gamma, levels)
-        return (x - measured).abs().mean(1, keepdim=True).float().clamp(0, 1)
+            with counted_once(calls, tiles):
+                simulated = simulate(model, begin[1], tiles, 1, factor, begin[1])
+            target = trusted_target(prior.encode(y), simulated, variance * gain, shrink)
+            data = LatentINN(prior, model, target, plan.pixels, settings.guidance, noise)
+        else:
+            model = LearnedForward(self.pixel_inn, gamma, plan.levels, lr, count)
+            with counted_once(calls, tiles):
+                simulated = simulate(model, begin[0], tiles, prior.downsampling, factor, gamma)
+            target = trusted_target(y.to(simulated), simulated, variance, shrink)
+            unit = float(gain.mean().sqrt())
+            data = PixelINN(prior, model, target, plan.pixels, settings.guidance, noise, unit)
+        return data if len(tiles) == 1 else TiledData(data, tiles, plan.levels)
 
 
 def _noise_gain(prior: LatentPrior) -> Tensor:

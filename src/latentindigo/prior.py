@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,9 @@ from latentindigo.schedules import (
 )
 from latentindigo.tiling import TilingConfig, tiled_map
 
-__all__ = ["Calls", "LatentPrior", "Prediction", "Trajectory"]
+__all__ = ["Calls", "LatentPrior", "Prediction", "Trajectory", "in_full_precision"]
+
+Network = TypeVar("Network")
 
 _PURE_NOISE = 0.99  # Stable Diffusion's noisiest level is 0.998 and its 10-step grid starts at 0.99.
 _SMALLEST_ALPHA = 1e-6  # Below this, (z − σε)/α is noise of float32 and nothing else.
@@ -172,20 +175,17 @@ class LatentPrior:
                 "pad the image first"
             )
         self.calls.encoder += 1
-        dtype = _dtype_of(self.vae)
-        pixels = (2.0 * x - 1.0).to(dtype)
+        state, device = state_dtype(x), self.device
+
+        def encode(part: Tensor) -> Tensor:
+            pixels = 2.0 * part.to(device, state) - 1.0
+            return in_full_precision(self.vae, lambda vae: _latent_from(vae.encode(pixels.to(_dtype_of(vae)))))
+
         if self._tiling is None:
-            latent = _latent_from(self.vae.encode(pixels))
+            latent = encode(x)
         else:
-            tile, overlap = self._tiling.tile, self._tiling.overlap
-            latent = tiled_map(
-                lambda part: _latent_from(self.vae.encode(part)),
-                pixels,
-                tile,
-                overlap,
-                scale_den=self.downsampling,
-            )
-        latent = latent.to(state_dtype(x))
+            latent = tiled_map(encode, x, self._tiling.tile, self._tiling.overlap, scale_den=self.downsampling)
+        latent = latent.to(state)
         scale, shift = _latent_affine(self.vae, latent)
         return (latent - shift) * scale
 
@@ -200,8 +200,12 @@ class LatentPrior:
         """
         self.calls.decoder += 1
         scale, shift = _latent_affine(self.vae, z)
-        latent = (z / scale + shift).to(_dtype_of(self.vae))
-        decoded = self._on_latent_tiles(lambda part: self.vae.decode(part).sample, latent, self.downsampling)
+        latent = z / scale + shift
+
+        def decode(part: Tensor) -> Tensor:
+            return in_full_precision(self.vae, lambda vae: vae.decode(part.to(_dtype_of(vae))).sample)
+
+        decoded = self._on_latent_tiles(decode, latent, self.downsampling)
         calls = self.calls
 
         def count(_: Tensor) -> None:
@@ -250,7 +254,11 @@ class LatentPrior:
             )
         self.calls.denoiser += 1
         times = t.to(z.device).expand(z.shape[0])
-        output = self._on_latent_tiles(lambda part: self.denoiser(part, times).sample, z.to(self.dtype), 1)
+
+        def denoise(part: Tensor) -> Tensor:
+            return in_full_precision(self.denoiser, lambda network: network(part.to(_dtype_of(network)), times).sample)
+
+        output = self._on_latent_tiles(denoise, z, 1)
         calls = self.calls
 
         def count(_: Tensor) -> None:
@@ -469,6 +477,28 @@ class Trajectory:
 
 
 # --- what the networks are ------------------------------------------------------------------------------------------
+
+
+def in_full_precision(network: Network, run: Callable[[Network], Tensor]) -> Tensor:
+    """Run a network, and once more in float32 if half precision gave numbers that are not finite.
+
+    Args:
+        network: A network; it is not changed, a float32 copy is made when it is needed.
+        run: Calls the network it is given, in that network's dtype.
+
+    Returns:
+        What it gave.
+    """
+    output = run(network)
+    if _dtype_of(network) not in (torch.float16, torch.bfloat16) or bool(output.isfinite().all()):
+        return output
+    warnings.warn(
+        f"{type(network).__name__} gave numbers that are not finite in {_dtype_of(network)}; this part is computed "
+        "again in float32. Load the model with float32 (--dtype float32) to save the time",
+        stacklevel=2,
+    )
+    full: Any = copy.deepcopy(network)
+    return run(full.float())
 
 
 def _dtype_of(network: Any) -> torch.dtype:

@@ -36,22 +36,26 @@ def counted_once(calls: Calls, tiles: Tiles) -> Iterator[None]:
         setattr(calls, name, count + (getattr(calls, name) - count) // len(tiles))
 
 
-def simulate(model: ForwardModel, u: Float[Tensor, "b c h w"], tiles: Tiles, num: int, den: int) -> Tensor:
+def simulate(
+    model: ForwardModel, u: Float[Tensor, "b c h w"], tiles: Tiles, num: int, den: int, like: Tensor
+) -> Float[Tensor, "b c h2 w2"]:
     """The coarse part of u, tile by tile.
 
     Args:
         model: g.
-        u: Image or latent on a grid `num` times as fine as the tiles' canvas.
+        u: Image or latent on a grid `num` times as fine as the tiles' canvas; it may be kept elsewhere, in less
+            precision.
         tiles: Tiles of the latent canvas.
         num: See `u`.
         den: How many times smaller the coarse part is.
+        like: A tensor of the device and dtype to compute in.
 
     Returns:
         The coarse part (B, C, h/den, w/den).
     """
     fusion = tiles.fusion(num, den)
     for tile in tiles:
-        fusion.add(tile, model.split(tile.cut(u, num))[0])
+        fusion.add(tile, model.split(tile.cut(u, num).to(like))[0])
     return fusion.result()
 
 

@@ -18,6 +18,7 @@ All tiles of an image have one size: `tile` is an upper limit, and no tile is a 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,7 @@ from torch import Tensor
 __all__ = ["Fusion", "Ramp", "Tile", "Tiles", "TilingConfig", "blend_windows", "plan_tiles", "tiled_map"]
 
 Ramp = Literal["cosine", "linear"]
+MAPPED_BYTES = 2**30  # A canvas beyond this lies in a memory-mapped file.
 
 
 @dataclass(frozen=True)
@@ -237,15 +239,22 @@ class Tiles:
         rows, columns = self.windows(num, den)
         return torch.outer(rows[tile.place[0]], columns[tile.place[1]])
 
-    def fusion(self, num: int = 1, den: int = 1, dtype: torch.dtype | None = None) -> Fusion:
+    def fusion(
+        self,
+        num: int = 1,
+        den: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Fusion:
         """An empty canvas, num / den times as fine, that takes in the results of all tiles in order.
 
         Args:
             num: Numerator of its scale.
             den: Denominator of its scale.
             dtype: What it is kept in; None = as the results are, float16 halves the memory of a large picture.
+            device: Where it is kept; None = where the results are. One tile stays where it is.
         """
-        return Fusion(self, num, den, dtype)
+        return Fusion(self, num, den, dtype, device)
 
 
 class Fusion:
@@ -255,13 +264,15 @@ class Fusion:
     canvas's own dtype. Gradients pass. Use `Tiles.fusion`.
     """
 
-    def __init__(self, tiles: Tiles, num: int, den: int, dtype: torch.dtype | None) -> None:
-        self._tiles, self._scale, self._dtype = tiles, (num, den), dtype
+    def __init__(
+        self, tiles: Tiles, num: int, den: int, dtype: torch.dtype | None, device: torch.device | None
+    ) -> None:
+        self._tiles, self._scale, self._dtype, self._device = tiles, (num, den), dtype, device
         self._spans = [_scaled(spans, num, den) for spans in (tiles.rows, tiles.columns)]
         self._strip: Tensor | None = None
         self._carry: Tensor | None = None
         self._canvas: Tensor | None = None
-        self._result: torch.dtype | None = None
+        self._result = torch.float32
 
     def add(self, tile: Tile, result: Float[Tensor, "b c h w"]) -> None:
         """Take in a tile's result; tiles come in the order of `Tiles`.
@@ -308,8 +319,8 @@ class Fusion:
         kept = weighted[..., :done, :]
         if self._canvas is None:
             size = (*strip.shape[:2], rows[-1][1], strip.shape[-1])
-            self._canvas = torch.empty(size, dtype=self._dtype or self._result, device=strip.device)
-        self._canvas[..., top : top + done, :] = kept.to(self._canvas.dtype)
+            self._canvas = _empty(size, self._dtype or self._result, self._device or strip.device)
+        self._canvas[..., top : top + done, :] = kept.to(self._canvas)
         self._carry = weighted[..., done:, :].clone()
         self._strip = None
 
@@ -322,6 +333,15 @@ class Fusion:
         if self._canvas is None or self._strip is not None:
             raise ValueError("tiles are missing; add every one before asking for the result")
         return self._canvas
+
+
+def _empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a canvas; a very large one on the CPU lies in a file that goes when the tensor does."""
+    count = math.prod(size)
+    if device.type != "cpu" or count * dtype.itemsize <= MAPPED_BYTES:
+        return torch.empty(size, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile() as file:
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(*size)
 
 
 def tiled_map(

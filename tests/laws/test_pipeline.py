@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import latentindigo.pipeline as pipeline_module
+import latentindigo.stages as stages_module
+from latentindigo.canvas import free_memory, halved, tiling_for
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
+from latentindigo.prior import in_full_precision
 from latentindigo.texture import uneven
+from latentindigo.tiling import TilingConfig
 from tiny import tiny_pipeline as build_pipeline
 from tolerances import TOL, assert_close
 
@@ -221,7 +226,7 @@ def check_chroma(restore: Restore) -> None:
     # Away from black and white, where clamping bends colours, and small changes for the same reason.
     dull = 0.5 + 0.2 * (photo() - 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_module, "wavelet_color_fix", lambda x, reference: x)
+        patch.setattr(stages_module, "wavelet_color_fix", lambda x, reference: x)
         start, whole, grey = (
             restore(dull, texture=share, chroma=chroma, **settings).images[0]
             for share, chroma in ((0.0, 1.0), (0.1, 1.0), (0.1, 0.0))
@@ -453,17 +458,48 @@ def test_no_shift_catches_a_roll() -> None:
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def check_tiles(pipe: RestorationPipeline, image: Tensor, scale: float) -> None:
+def check_tiles(pipe: RestorationPipeline, image: Tensor, scale: float, **more: Any) -> None:
     """A tiled run and an untiled run agree where the networks' reach is shorter than the overlap."""
-    settings: dict[str, Any] = {"scale": scale, "steps": 2, "strength": 0.5, "output_type": "pt"}
-    whole = pipe(image, tile=None, **settings).images[0]
-    tiled = pipe(image, tile=256, **settings).images[0]
-    assert float((whole - tiled).abs().mean()) < TOL[torch.float16].atol
+    settings: dict[str, Any] = {"scale": scale, "steps": 2, "strength": 0.5, "output_type": "pt", **more}
+    whole = pipe(image, tile=None, **settings)
+    tiled = pipe(image, tile=256, **settings)
+    for ours, theirs in ((tiled.images, whole.images), (tiled.detail_maps, whole.detail_maps)):
+        assert float((ours[0] - theirs[0].float()).abs().mean()) < TOL[torch.float16].atol
+    # In the rule "through" tiles ask the denoiser once more for their own graph.
+    if more.get("update") != "through":
+        assert tiled.calls["total"]["denoiser"] == whole.calls["total"]["denoiser"]
 
 
-def test_tiles_agree(tiny_pipeline: RestorationPipeline) -> None:
-    # The denoiser's group norm looks at the whole tile, hence the tolerance of half precision and a mean.
-    check_tiles(tiny_pipeline, photo(100, 90), 4)
+TILED: list[dict[str, Any]] = [
+    {},
+    {"init": "encode", "chroma": 0.2, "coarse": 0.3},
+    {"init": "inverse"},
+    {"init": "noise", "strength": 1.0},
+    {"method": "pixel-inn", "update": "stopped"},
+    {"update": "through", "guidance": {"refine": True}},
+    {"guidance": {"regulariser": "gluing"}},
+    {"guidance": {"regulariser": "consistency"}},
+    {"ensemble": 3, "spread": 1.0, "texture": 1.2},
+]
+
+
+# The denoiser's group norm looks at the whole tile, hence the tolerance of half precision and a mean.
+@pytest.mark.parametrize("more", TILED, ids=lambda more: "-".join(f"{k}-{v}" for k, v in more.items()) or "preset")
+def test_tiles_agree(tiny_pipeline: RestorationPipeline, more: dict[str, Any]) -> None:
+    check_tiles(tiny_pipeline, photo(100, 90), 4, **more)
+
+
+@pytest.mark.parametrize("scale", [1, 2.7, 8])
+def test_tiles_agree_at_every_scale(tiny_pipeline: RestorationPipeline, scale: float) -> None:
+    side = round(350 / scale)
+    check_tiles(tiny_pipeline, photo(side, side + 7), scale)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((1, 1), 4), ((1, 400), 1), ((700, 1), 0.7), ((3, 90), 4)])
+def test_thin_images_in_tiles(tiny_pipeline: RestorationPipeline, size: tuple[int, int], scale: float) -> None:
+    out = tiny_pipeline(torch.rand(3, *size), scale, tile=256, steps=1, output_type="pt").images[0]
+    assert tuple(out.shape) == (3, *(max(1, round(side * scale)) for side in size))
+    assert bool(out.isfinite().all())
 
 
 def test_tiles_catch_a_seam(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,3 +509,99 @@ def test_tiles_catch_a_seam(tiny_pipeline: RestorationPipeline, monkeypatch: pyt
     monkeypatch.setattr("latentindigo.prior.tiled_map", cut)
     with pytest.raises(AssertionError):
         check_tiles(tiny_pipeline, photo(100, 90), 4)
+
+
+def test_a_huge_canvas_lies_in_a_file(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"tile": 256, "steps": 1, "output_type": "pt"}
+    in_memory = tiny_pipeline(photo(100, 90), 4, **settings).images[0]
+    monkeypatch.setattr("latentindigo.tiling.MAPPED_BYTES", 0)
+    assert torch.equal(tiny_pipeline(photo(100, 90), 4, **settings).images[0], in_memory)
+
+
+# --- memory and precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_halves_the_tiles_and_goes_on(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    settings: dict[str, Any] = {"steps": 1, "output_type": "pt"}
+    wanted = tiny_pipeline(photo(150, 140), 4, tile=256, **settings)
+    inner, tried = RestorationPipeline._pass, []
+
+    def short_of_memory(self: Any, y: Tensor, target: Any, seeds: Any, run: Any, calls: Any, loop_calls: Any) -> Any:
+        tried.append(run.tile)
+        if run.tile is None or run.tile == "auto" or run.tile.tile > 256:
+            calls.denoiser += 7
+            raise error
+        return inner(self, y, target, seeds, run, calls, loop_calls)
+
+    monkeypatch.setattr(RestorationPipeline, "_pass", short_of_memory)
+    with pytest.warns(UserWarning, match="memory ran out; going on with tiles of 256 pixels"):
+        found = tiny_pipeline(photo(150, 140), 4, tile=512, **settings)
+    assert [t.tile for t in tried] == [512, 256]
+    assert torch.equal(found.images[0], wanted.images[0])
+    assert found.calls == wanted.calls
+    # Where tiles are as small as they get, the error is the answer; and it is no other error that is hidden.
+    monkeypatch.setattr("latentindigo.pipeline.halved", lambda tile, pixels: None)
+    with pytest.raises(type(error)):
+        tiny_pipeline(photo(150, 140), 4, tile=512, **settings)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(RestorationPipeline, "_pass", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        tiny_pipeline(photo(20, 20), 4)
+
+
+def test_what_half_precision_cannot_hold_is_computed_in_full() -> None:
+    class Large(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(1e4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.factor * x * 100) / 1e6
+
+    network = Large().half()
+    x = torch.ones(3)
+
+    def run(net: Large) -> Tensor:
+        return net(x.to(net.factor.dtype))
+
+    with pytest.warns(UserWarning, match="not finite in torch.float16"):
+        assert torch.equal(in_full_precision(network, run), x)
+    assert network.factor.dtype == torch.float16, "the network is left as it is"
+    # In float32 a number that is not finite is the network's answer.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not in_full_precision(Large(), lambda net: net(x * float("inf"))).isfinite().any()
+
+
+def test_automatic_tiles_fit_into_free_memory() -> None:
+    wide, cost = 1e12, 400
+    assert tiling_for("auto", 2048 * 2048, wide, cost) is None
+    large = tiling_for("auto", 4096 * 4096, wide, cost)
+    assert large is not None
+    assert 1024 <= large.tile <= 1536
+    short = tiling_for("auto", 2048 * 2048, 2 * cost * 700 * 700, cost)
+    assert short is not None
+    assert 640 <= short.tile <= 700
+    least = tiling_for("auto", 2048 * 2048, 1.0, cost)
+    assert least is not None
+    assert least.tile == 256
+    assert tiling_for(None, 10**9, 1.0, cost) is None
+    assert tiling_for(TilingConfig(512, 64), 10, 1.0, cost) == TilingConfig(512, 64)
+    assert halved(TilingConfig(1024, 64), 1) == TilingConfig(512, 64)
+    assert halved(None, 4000 * 4000) == TilingConfig(1984, 64)
+    assert halved("auto", 4000 * 4000) == TilingConfig(640, 64)
+    assert halved("auto", 300 * 300) is None
+    assert halved(TilingConfig(256, 64), 10**8) is None
+    assert free_memory(torch.device("cpu")) > 2**20

@@ -88,7 +88,7 @@ def test_coarse_parts_agree(name: str) -> None:
     data, _ = case(name, z0)
     fine = data.prior.downsampling if name == "pixel" else 1
     u = data.open(z0)
-    check_close(simulate(data.forward_model, u, tiles_of(z0), fine, 2), data.forward_model.split(u)[0])
+    check_close(simulate(data.forward_model, u, tiles_of(z0), fine, 2, z0), data.forward_model.split(u)[0])
 
 
 @pytest.mark.parametrize("name", KINDS)
