@@ -81,6 +81,8 @@ EQUATIONS = (
     "Uneven spread",
     "Chroma",
     "Coarse",
+    "Guidance on tiles",
+    "Partition of unity",
     "Counted calls",
     "Latent DPS",
     "PSLD",
