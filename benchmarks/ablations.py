@@ -85,10 +85,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {}),
     "lazy split, no Haar, no mix": ({"haar": False, "mix": False}, {}),
     "Haar, no mix": ({"mix": False}, {}),
-    "mix, no Haar": ({"haar": False}, {}),
     "K = 1": ({"num_steps": 1}, {}),
     "K = 4": ({"num_steps": 4}, {}),
-    "no gain": ({"gain": False}, {}),
     "no gamma": ({}, {"conditioned": False}),
     "no inverse loss": ({}, {"inverse_weight": 0.0}),
 }
@@ -223,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("suite", choices=("sampling", "train", "trained"))
     parser.add_argument("--runs", type=Path, default=ROOT.parent / "runs" / "ablations", help="folder of the trainings")
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each training")
+    parser.add_argument("--steps", type=int, default=360, help="optimiser steps of each training")
     parser.add_argument("--limit", type=int, help="first N images only")
     parser.add_argument("--batch", type=int, default=1, help="images per call")
     parser.add_argument("--only", nargs="+", help="variants whose name contains one of these")

@@ -50,7 +50,7 @@ class ContestSettings:
         methods: From `roster.NAMES`.
         method_files: Python files with more methods, see `roster.load_method`.
         rivals: Settings of the rivals, see `roster.load_settings`.
-        reference: (method, variant) that the others are compared with, pair by pair.
+        references: (method, variant) of those that all others are compared with, pair by pair.
         controls: Whether `grain` and `unsharp` stand beside the presets default and vivid.
         limit: The first N photographs only.
         crop: Side of the centre crop; None = whole photographs.
@@ -62,7 +62,7 @@ class ContestSettings:
     methods: Sequence[str] = NAMES
     method_files: Sequence[Path] = ()
     rivals: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    reference: tuple[str, str] = ("latentindigo", "default")
+    references: Sequence[tuple[str, str]] = (("latentindigo", "default"), ("latentindigo", "fidelity 0.6"))
     controls: bool = True
     limit: int | None = None
     crop: int | None = None
@@ -129,7 +129,8 @@ def run_contest(
     for protocol in protocols:
         pairs, measured = _run_protocol(pipe, settings, protocol, on_image)
         entries = [summary_of(m, pairs) for m in measured]
-        _compare_with_reference(settings.reference, measured, entries)
+        for reference in settings.references:
+            _compare_with_reference(reference, measured, entries)
         rows += [row for m in measured for row in m.rows]
         summary += entries
         used |= {f"{protocol.name}: {' '.join(m.contender.key)}": _settings_of(m.contender) for m in measured}

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `bicubic`, `lanczos`, `estimator` | no sampling | nothing |
 | `faithful`, `default`, `vivid` | this package's presets | nothing |
+| `balanced` | between them: `fidelity` 0.6 | nothing |
 | `pixel-inn`, `unguided` | the default preset with PixelINN, and without guidance | nothing |
 | `sdedit`, `diffbir` | blind rivals | nothing |
 | `ldps`, `psld`, `resample`, `diffpir`, `ddnm`, `daps`, `latino` | need an operator | the true one; bicubic |
@@ -55,6 +56,7 @@ _OURS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "faithful": (OURS, "faithful", {"preset": "faithful"}),
     "default": (OURS, "default", {"preset": "default"}),
     "vivid": (OURS, "vivid", {"preset": "vivid"}),
+    "balanced": (OURS, "fidelity 0.6", {"fidelity": 0.6}),
     "pixel-inn": (OURS, "default, pixel-inn", {"preset": "default", "method": "pixel-inn"}),
     "unguided": ("unguided", "default", {"preset": "default", "method": "unguided"}),
 }
