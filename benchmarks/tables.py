@@ -196,7 +196,7 @@ def _cost(result: dict[str, Any]) -> str:
         "Memory, times `default`",
     ]
     head = (
-        "What PSLD costs. The sweep gave it few evaluations; its paper takes 1000, whose time follows from that of one. "
+        "What PSLD costs. The sweep gave it few evaluations; its paper takes 1000, whose time follows from one. "
         "Memory is\nthe peak above the loaded model."
     )
     return f"{head}\n\n" + _table(heads, rows)

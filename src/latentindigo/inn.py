@@ -137,6 +137,24 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         x = unlift(centred, x_d, self._steps(), gamma, levels, self.config["haar"], self.band_mix, self.coarse_gain)
         return x + offset if offset else x
 
+    def compute_in(self, dtype: torch.dtype) -> InvertibleNet:
+        """Let the predict and update networks compute in another dtype than their weights', for speed.
+
+        The sums of the lifting steps, the band mix and the gain keep theirs. The networks' coarser rounding still shows
+        where their inputs differ by a hair between both directions: g⁻¹(g(x)) is then x to about 1e-3, not 1e-6, far
+        below what guidance moves.
+
+        Args:
+            dtype: float32, or bfloat16, which takes two thirds of the time on a CPU that has instructions for it.
+
+        Returns:
+            Itself.
+        """
+        for module in self.modules():
+            if isinstance(module, ConditionedConvNet):
+                module.compute_dtype = dtype
+        return self
+
     @property
     def has_spread(self) -> bool:
         """Whether :meth:`spread` can be called."""

@@ -307,6 +307,7 @@ class ConditionedConvNet(nn.Module):
         self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 2, gamma_dim: int = 64
     ) -> None:
         super().__init__()
+        self.compute_dtype: torch.dtype | None = None
         self.blocks = ConditionedBlocks(hidden, blocks, gamma_dim)  # first, because it checks the sizes
         self.head = conv3x3(in_channels, hidden)
         self.tail = conv3x3(hidden, out_channels)
@@ -317,7 +318,8 @@ class ConditionedConvNet(nn.Module):
     def forward(self, h: Float[Tensor, "b i h w"], gamma: Float[Tensor, "#b d"]) -> Float[Tensor, "b o h w"]:
         """Compute what is subtracted from, or added to, the other part.
 
-        The network computes in the dtype of its weights (or of autocast); the caller casts the result back.
+        The network computes in `compute_dtype`, by default the dtype of its weights (or of autocast); the caller casts
+        the result back.
 
         Args:
             h: The part that is read (B, in_channels, H, W), any range.
@@ -326,10 +328,13 @@ class ConditionedConvNet(nn.Module):
         Returns:
             Tensor (B, out_channels, H, W).
         """
-        dtype = self.head.weight.dtype
+        weights, chosen = self.head.weight.dtype, self.compute_dtype
         # Channels-last on entry carries through every layer and halves the time of the convolutions on a CPU.
-        h = self.head(h.to(dtype=dtype, memory_format=torch.channels_last))
-        return self.tail(self.blocks(h, gamma.to(dtype)))
+        h = h.to(dtype=chosen or weights, memory_format=torch.channels_last)
+        if chosen is None or chosen == weights:
+            return self.tail(self.blocks(self.head(h), gamma.to(weights)))
+        with torch.autocast(h.device.type, dtype=chosen):
+            return self.tail(self.blocks(self.head(h), gamma.to(weights)))
 
 
 class LiftingStep(nn.Module):

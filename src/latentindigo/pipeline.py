@@ -148,7 +148,8 @@ class RestorationPipeline(DiffusionPipeline):
         )
         self.presets = load_presets(Path(os.devnull))
         for network in self._networks().values():
-            network.eval().requires_grad_(False)
+            # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
+            network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------------------------------------ loading, saving
 
@@ -168,8 +169,9 @@ class RestorationPipeline(DiffusionPipeline):
             model: "embedded" (ships in the package), a folder, or a hub id.
             prior: Folder or hub id of another latent diffusion model to sample with (its vae, denoiser or unet, and
                 scheduler); guidance then defaults to PixelINN, which serves any of them.
-            torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default; the INNs, the degradation
-                encoder and the sampler's state are always float32.
+            torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default. The degradation encoder and
+                the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
+                predict and update networks compute in it.
             device: Where to put the networks, the CPU by default.
             **kwargs: Passed to diffusers.
 
@@ -188,11 +190,14 @@ class RestorationPipeline(DiffusionPipeline):
             if prior is not None:
                 parts["latent_inn"] = None  # It belongs to the other autoencoder.
             with _quiet_loading():
-                # The INNs are exact only if both directions round alike, and gamma steers everything: float32 for both.
+                # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
             pipe.presets = load_presets(folder)
+            for inn in (pipe.pixel_inn, pipe.latent_inn):
+                if inn is not None and dtype == torch.bfloat16:
+                    inn.compute_in(dtype)
             pipe._build_prior()
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
@@ -227,7 +232,8 @@ class RestorationPipeline(DiffusionPipeline):
         for name, network in sorted(self._networks().items()):
             for key, value in sorted(network.state_dict().items()):
                 digest.update(f"{name}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                digest.update(plain.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------------------- the call
