@@ -17,7 +17,6 @@ import json
 import math
 import operator
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -316,10 +315,7 @@ def sizes(bench: SpeedBench) -> Sequence[str]:
 def peak(bench: SpeedBench) -> None:
     """Print the peak memory of this process after one restoration, in MB; what `sizes` calls."""
     bench.restoring(bench.photo(bench.args.side // 4))(0)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    # `peak_mb` would not do on Linux: what it reads begins with the peak of the process that started this one.
-    say(str(peak_mb() if torch.cuda.is_available() or found is None else int(found[1]) * 1024 / 1e6))
+    say(str(peak_mb()))
 
 
 def _files(bench: SpeedBench) -> list[Row]:

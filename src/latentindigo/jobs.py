@@ -24,6 +24,7 @@ from latentindigo.canvas import SMALLEST_TILE, centre_crop, is_out_of_memory, ou
 from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
 from latentindigo.model_folder import model_folder
 from latentindigo.planning import Task
+from latentindigo.quick_import import import_diffusers
 
 __all__ = [
     "MAP_GAIN",
@@ -241,6 +242,7 @@ def load_pipeline(
         ModelLoadError: The model cannot be loaded (defined in `latentindigo.pipeline`).
     """
     # Imported here: planning and dry runs must not pay for diffusers.
+    import_diffusers(optional=prior is not None or model != "embedded")
     from latentindigo.pipeline import RestorationPipeline
 
     place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

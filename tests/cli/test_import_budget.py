@@ -83,3 +83,61 @@ def test_the_check_finds_a_heavy_import() -> None:
 def test_help_is_quick() -> None:
     best = min(cpu_seconds_of_help() for _ in range(3))
     assert best < SECONDS, f"--help took {best:.2f} s at best, allowed are {SECONDS} s"
+
+
+RESTORE = """
+import json, sys
+sys.path.insert(0, sys.argv.pop())
+from latentindigo.cli import main
+try:
+    main()
+except SystemExit as end:
+    if end.code:
+        raise
+modules = sorted(sys.modules)
+# The compiler still works when it is asked for.
+import torch
+doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1))
+assert float(doubled) == 2
+print(json.dumps(modules), file=sys.stderr)
+"""
+UNUSED = ("transformers", "scipy", "gradio", "ray")
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder of packages that can be imported and hold nothing, so that the check does not depend on this machine."""
+    for name in UNUSED:
+        facts = tmp_path / "packages" / f"{name}-99.0.dist-info"
+        for folder in (tmp_path / "packages" / name, facts):
+            folder.mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text("def __getattr__(name): return type(name, (), {})\n")
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
+    return tmp_path / "packages"
+
+
+def test_a_restoration_imports_neither_the_compiler_nor_text_encoders(stand_ins: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (16, 16), "teal").save(tmp_path / "photo.png")
+    arguments = ["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png"), "--steps", "1"]
+    done = run_python(RESTORE, *arguments, str(stand_ins))
+    modules = json.loads(done.stderr.strip().splitlines()[-1])
+    assert (tmp_path / "out.png").is_file()
+    assert not {*UNUSED, "torch._dynamo"} & set(modules)
+    assert {"torch", "diffusers"} <= set(modules)
+
+
+IMPORT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import latentindigo.pipeline
+except Exception:
+    pass  # The stand-in is no transformers; that it was asked for is what counts.
+print("transformers" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_stand_ins_would_be_found(stand_ins: Path) -> None:
+    assert run_python(IMPORT, str(stand_ins)).stdout.split() == ["True", "True"]
