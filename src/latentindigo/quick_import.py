@@ -23,32 +23,36 @@ import torch
 __all__ = ["import_diffusers"]
 
 _COMPILER = "torch._dynamo"
-_OPTIONAL = ("_transformers_available", "_scipy_available")
+_OPTIONAL = ("transformers", "scipy")
 
 
 def import_diffusers(*, optional: bool = True) -> None:
     """Import the parts of diffusers that a pipeline needs; does nothing once diffusers or the compiler is imported.
 
     Args:
-        optional: Whether diffusers may find transformers and SciPy, in this process and from now on.
+        optional: Whether diffusers may find transformers and SciPy; what it does not find now it will not look for
+            later in this process.
     """
     if _COMPILER in sys.modules or "diffusers" in sys.modules:
         return
     stand_in = types.ModuleType(_COMPILER)
     vars(stand_in).update(allow_in_graph=_as_it_is, disable=_as_it_is)
     sys.modules[_COMPILER] = vars(torch)["_dynamo"] = stand_in
+    # None in this table means "not there" to every import.
+    hidden: dict[str, Any] = {name: None for name in _OPTIONAL if not optional and name not in sys.modules}
+    sys.modules.update(hidden)
     try:
-        from diffusers.utils import import_utils, torch_utils
+        from diffusers.utils import torch_utils
 
         torch_utils.is_compiled_module = partial(_is_compiled, torch_utils.is_compiled_module)
-        if not optional:
-            vars(import_utils).update(dict.fromkeys(_OPTIONAL, False))
         from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel  # noqa: F401
     except (ImportError, AttributeError, RuntimeError):
         # Another version asks for more of the compiler: the slow way then, from the start.
         for name in [name for name in sys.modules if name.split(".")[0] == "diffusers"]:
             del sys.modules[name]
     finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
         if sys.modules.get(_COMPILER) is stand_in:
             del sys.modules[_COMPILER]
         if vars(torch).get("_dynamo") is stand_in:
