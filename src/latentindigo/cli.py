@@ -476,7 +476,8 @@ def train(
 app.command(
     help="Compare methods on photographs: quality, time, memory.\n\nPublished methods run on the same diffusion model. "
     "Those that must be told the damage run twice: told the truth, and told only that the photograph was made smaller. "
-    "They take their papers' settings, some of them 1000 steps, unless the model folder's rivals.json says otherwise.",
+    "Their settings come from the model folder's rivals.json; a model without that file gets their papers' settings, "
+    "some of them 1000 steps.",
     epilog=examples(
         "latentindigo benchmark photos/ -o results/ --protocol medium --protocol severe",
         "latentindigo benchmark photos/ -o results/ --method default --method latino --limit 4 --crop 128",
