@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -467,7 +467,7 @@ def _cut_gamma_off(inn: InvertibleNet) -> None:
             reader = module.logarithm[0]
         else:
             continue
-        nn.init.zeros_(reader.weight).requires_grad_(False)
+        nn.init.zeros_(cast("nn.Linear", reader).weight).requires_grad_(False)
 
 
 class LatentINNObjective(Objective):

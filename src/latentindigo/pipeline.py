@@ -149,7 +149,8 @@ class RestorationPipeline(DiffusionPipeline):
         self.presets = load_presets(Path(os.devnull))
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
-            network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            frozen: Any = network.eval().requires_grad_(False)
+            frozen.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------------------------------------ loading, saving
 

@@ -12,6 +12,7 @@ levels need them, the embedded model has neither.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torch
 __all__ = ["import_diffusers"]
 
 _COMPILER = "torch._dynamo"
+_NEEDED = ("DiffusionPipeline", "ModelMixin", "SchedulerMixin", "UNet2DModel")
 _OPTIONAL = ("transformers", "scipy")
 
 
@@ -37,7 +39,8 @@ def import_diffusers(*, optional: bool = True) -> None:
         return
     stand_in = types.ModuleType(_COMPILER)
     vars(stand_in).update(allow_in_graph=_as_it_is, disable=_as_it_is)
-    sys.modules[_COMPILER] = vars(torch)["_dynamo"] = stand_in
+    sys.modules[_COMPILER] = stand_in
+    setattr(torch, "_dynamo", stand_in)  # noqa: B010  (an attribute that the type stubs do not know)
     # None in this table means "not there" to every import.
     hidden: dict[str, Any] = {name: None for name in _OPTIONAL if not optional and name not in sys.modules}
     sys.modules.update(hidden)
@@ -45,7 +48,9 @@ def import_diffusers(*, optional: bool = True) -> None:
         from diffusers.utils import torch_utils
 
         torch_utils.is_compiled_module = partial(_is_compiled, torch_utils.is_compiled_module)
-        from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel  # noqa: F401
+        diffusers = importlib.import_module("diffusers")
+        for name in _NEEDED:  # It imports its parts when they are asked for.
+            getattr(diffusers, name)
     except (ImportError, AttributeError, RuntimeError):
         # Another version asks for more of the compiler: the slow way then, from the start.
         for name in [name for name in sys.modules if name.split(".")[0] == "diffusers"]:
@@ -56,7 +61,7 @@ def import_diffusers(*, optional: bool = True) -> None:
         if sys.modules.get(_COMPILER) is stand_in:
             del sys.modules[_COMPILER]
         if vars(torch).get("_dynamo") is stand_in:
-            del vars(torch)["_dynamo"]
+            delattr(torch, "_dynamo")
 
 
 def _is_compiled(ask: Callable[[Any], bool], module: Any) -> bool:

@@ -34,9 +34,9 @@ def latent_tiles(prior: LatentPrior, plan: Plan, tiling: TilingConfig | None) ->
     factor = prior.downsampling
     size = (plan.padded_height * 2**plan.levels // factor, plan.padded_width * 2**plan.levels // factor)
     if tiling is None:
-        return Tiles(*size, None)
+        return Tiles(size, None)
     multiple = max(prior.size_multiple // factor, 2**plan.levels)
-    return Tiles(*size, TilingConfig(tiling.tile // factor, tiling.overlap // factor), multiple)
+    return Tiles(size, TilingConfig(tiling.tile // factor, tiling.overlap // factor), multiple)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Start:
             return self._part(y.to(self.device), gamma, levels, settings)
         # The estimator's cells of four pixels must not be cut.
         cells = Tiles(
-            *y.shape[-2:], TilingConfig(tiling.tile >> levels, tiling.overlap >> levels), max(1, 4 >> min(levels, 2))
+            y.shape[-2:], TilingConfig(tiling.tile >> levels, tiling.overlap >> levels), max(1, 4 >> min(levels, 2))
         )
         fusion = cells.fusion(2**levels, dtype=STORED, device=y.device)
         for tile in cells:

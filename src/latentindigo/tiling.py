@@ -183,8 +183,7 @@ class Tiles:
     whole images.
 
     Args:
-        height: Height of the canvas, a multiple of `multiple`.
-        width: Width of the canvas, likewise.
+        size: (height, width) of the canvas, multiples of `multiple`.
         tiling: Tile and overlap in units of the canvas; None = one tile.
         multiple: Tile sides and starts are multiples of this.
         reach: Outermost units of a tile, on its inner sides, that get the weight 0; at most the overlap.
@@ -196,8 +195,7 @@ class Tiles:
 
     def __init__(
         self,
-        height: int,
-        width: int,
+        size: Sequence[int],
         tiling: TilingConfig | None,
         multiple: int = 1,
         *,
@@ -209,7 +207,9 @@ class Tiles:
                 f"Tiles: expected 0 <= reach <= overlap, got reach={reach} and overlap={tiling.overlap}; raise the "
                 "overlap to the reach of the function"
             )
-        self.height, self.width, self.reach, self.ramp = height, width, reach, ramp
+        height, width = size
+        self.reach = reach
+        self.ramp: Ramp = ramp
         tile, overlap = (tiling.tile, tiling.overlap) if tiling is not None else (max(height, width), 0)
         self.rows, self.columns = (
             plan_tiles(side, tile, overlap, multiple) if tiling is not None else [(0, side)] for side in (height, width)
@@ -385,7 +385,7 @@ def tiled_map(
     if scale_num < 1 or scale_den < 1:
         raise ValueError(f"tiled_map: expected a positive scale, got {scale_num}/{scale_den}")
     grid = math.lcm(multiple, scale_den)
-    tiles = Tiles(*x.shape[-2:], TilingConfig(tile, overlap), grid, reach=reach, ramp=ramp)
+    tiles = Tiles(x.shape[-2:], TilingConfig(tile, overlap), grid, reach=reach, ramp=ramp)
     fusion = tiles.fusion(scale_num, scale_den, dtype)
     for part in tiles:
         fusion.add(part, fn(part.cut(x)))

@@ -65,7 +65,8 @@ def traces(y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n"]:
             bands.append(_band_sums(coefficients))
     steps = [torch.stack(columns).sum(0) / height, torch.cat(down, dim=-1)]
     blocks = (height // _BLOCK) * (width // _BLOCK)
-    return torch.cat((_blockiness(steps), _combs(sum(combs), blocks), _spectrum(sum(bands) / blocks)), dim=1)
+    sums, logs = (torch.stack(found).sum(0) for found in (combs, bands))
+    return torch.cat((_blockiness(steps), _combs(sums, blocks), _spectrum(logs / blocks)), dim=1)
 
 
 def _block_coefficients(y: Tensor) -> Float[Tensor, "b blocks 64"]:

@@ -23,7 +23,7 @@ def latent() -> Tensor:
 
 
 def tiles_of(z0: Tensor, reach: int = REACH) -> Tiles:
-    return Tiles(*z0.shape[-2:], TilingConfig(tile=108, overlap=REACH), 2, reach=reach)
+    return Tiles(z0.shape[-2:], TilingConfig(tile=108, overlap=REACH), 2, reach=reach)
 
 
 def case(name: str, z0: Tensor, **config: Any) -> tuple[DataTerm, TiledData]:
@@ -106,7 +106,7 @@ def test_calls_count_as_for_one_image(name: str) -> None:
 def test_tiles_that_cut_the_reach_are_seen() -> None:
     z0 = latent()
     whole, _ = case("latent", z0)
-    short = TiledData(whole, Tiles(*z0.shape[-2:], TilingConfig(tile=40, overlap=2), 2), 1)
+    short = TiledData(whole, Tiles(z0.shape[-2:], TilingConfig(tile=40, overlap=2), 2), 1)
     with pytest.raises(AssertionError):
         check_close(short.projection(z0, ones(z0)), whole.projection(z0, ones(z0)))
 
