@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import os
 import tomllib
@@ -33,6 +34,7 @@ from torch import Tensor
 from latentindigo.evaluation import Protocol, bootstrap_interval, make_row, markdown_table, ratio_of_sums
 from latentindigo.images import pil_resize
 from latentindigo.inn import InvertibleNet
+from latentindigo.report import plot_steps
 from latentindigo.training import train
 
 STRENGTH = 0.83 / math.sqrt(1 + 0.83**2)  # sigma/alpha = 0.83, as in the suite `guided`.
@@ -108,9 +110,13 @@ def sampling(bench: Bench) -> Sequence[str]:
             call = {key: value for key, value in change.items() if key not in ("gamma", "guidance")}
             call = {**(PAPER if base == "paper" else {}), "preset": "default", **call}
             call["guidance"] = bench.guidance("default", **change.get("guidance", {}))
+            # A name of their own for those that differ in steps alone: `report.plot_steps` joins what has one name.
+            name = "steps" if label.endswith("steps") else base
             with _told(bench, mean if "gamma" in change else None):
-                bench.run(protocol, pairs, base, label, pipeline(bench.pipe, 4, **call))
-            bench.difference(protocol.name, (base, label), (base, ""), "base")
+                bench.run(protocol, pairs, name, label, pipeline(bench.pipe, 4, **call))
+            bench.difference(protocol.name, (name, label), (base, ""), "base")
+    bench.save()
+    plot_steps(json.loads(bench.path.read_text()), bench.path.with_suffix(".png"))
     return (*COLUMNS, "psnr_minus_base")
 
 

@@ -94,12 +94,16 @@ class Bench:
             interval = paired_difference(self.rows, key, baseline, protocol)
             entries[key][f"psnr_minus_{label}"] = interval._asdict()
 
+    @property
+    def path(self) -> Path:
+        """The result file."""
+        return self.args.out / f"{self.args.date}-{self.args.suite}.json"
+
     def save(self) -> None:
         """Write the result file."""
         self.args.out.mkdir(parents=True, exist_ok=True)
-        path = self.args.out / f"{self.args.date}-{self.args.suite}.json"
         content = (self.args.suite, self.protocols, self.rows, self.summary)
-        write_results(path, *content, pipe=self.pipe, settings=self.settings)
+        write_results(self.path, *content, pipe=self.pipe, settings=self.settings)
 
     def gamma(self, y: Tensor) -> Tensor:
         """F(y) of one image (3, h, w)."""

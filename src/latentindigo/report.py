@@ -110,7 +110,7 @@ def plot_steps(result: Mapping[str, Any], target: Path, metrics: Sequence[str] =
     """Quality against denoiser evaluations: one line per method that was run with several.
 
     Args:
-        result: The decoded JSON; its rows carry `nfe`.
+        result: The decoded JSON; its rows carry `nfe`, or counted `calls`.
         target: Picture to write.
         metrics: One panel each.
 
@@ -118,12 +118,14 @@ def plot_steps(result: Mapping[str, Any], target: Path, metrics: Sequence[str] =
         NoMatplotlibError: If Matplotlib is missing.
         ValueError: If no method was run with two numbers of evaluations.
     """
-    nfe = {(r["protocol"], r["method"], r["variant"]): r.get("nfe") for r in result["rows"]}
+    nfe = {(r["protocol"], r["method"], r["variant"]): _evaluations(r) for r in result["rows"]}
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for entry in result["summary"]:
         if nfe.get((entry["protocol"], entry["method"], entry["variant"])):
             lines.setdefault((entry["protocol"], entry["method"]), []).append(entry)
-    lines = {key: entries for key, entries in lines.items() if len(entries) > 1}
+    lines = {
+        key: entries for key, entries in lines.items() if len({nfe[(*key, entry["variant"])] for entry in entries}) > 1
+    }
     if not lines:
         raise ValueError("a method with at least two numbers of denoiser evaluations expected, got none")
     figure, axes = _figure(len(metrics))
@@ -135,6 +137,10 @@ def plot_steps(result: Mapping[str, Any], target: Path, metrics: Sequence[str] =
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(target, dpi=90)
+
+
+def _evaluations(row: Mapping[str, Any]) -> int | None:
+    return row["nfe"] if "nfe" in row else (row.get("calls") or {}).get("denoiser")
 
 
 def image_grid(columns: Mapping[str, Sequence[Float[Tensor, "3 h w"]]], crop: int = 64, cell: int = 256) -> Image.Image:
