@@ -200,7 +200,9 @@ def restore(
     device: DeviceOption = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Numbers the networks compute with.", show_default="float32", rich_help_panel=SPEED),
+        typer.Option(
+            help="Numbers the networks compute with.", show_default="bfloat16 where it is fast", rich_help_panel=SPEED
+        ),
     ] = None,
     threads: ThreadsOption = None,
     out: Annotated[

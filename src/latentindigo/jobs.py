@@ -33,6 +33,7 @@ __all__ = [
     "RestoreSettings",
     "Restorer",
     "failure_kind",
+    "fast_dtype",
     "load_pipeline",
     "resolve_settings",
     "restore_file",
@@ -231,7 +232,7 @@ def load_pipeline(
     Args:
         model: "embedded", a folder, or a hub id.
         prior: Another latent diffusion model to sample with, or None.
-        dtype: "float32", "bfloat16", "float16", or None for float32.
+        dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
 
     Returns:
@@ -252,8 +253,18 @@ def load_pipeline(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
-    torch_dtype = None if dtype is None else getattr(torch, dtype)
+    torch_dtype = fast_dtype(torch.device(place)) if dtype is None else getattr(torch, dtype)
     return RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which networks run fast on a device and as well: bfloat16 where it is in hardware, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # PyTorch has no public question for this; a version that lacks these answers gets float32.
+    asks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    in_hardware = device.type == "cpu" and any(ask is not None and ask() for ask in asks)
+    return torch.bfloat16 if in_hardware else torch.float32
 
 
 def resolve_settings(settings: RestoreSettings, model: str = "embedded") -> dict[str, Any]:

@@ -233,7 +233,8 @@ class RestorationPipeline(DiffusionPipeline):
         for name, network in sorted(self._networks().items()):
             for key, value in sorted(network.state_dict().items()):
                 digest.update(f"{name}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
-                plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                # In the order of its indices, however it lies in memory.
+                plain = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
                 digest.update(plain.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -39,6 +39,12 @@ def album(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------- restoring
 
 
+@pytest.fixture(autouse=True)
+def exact_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in float32 on every machine, as the pipelines do that results are compared with."""
+    monkeypatch.setattr(jobs, "fast_dtype", lambda device: torch.float32)
+
+
 def test_one_photo(album: Path, tmp_path: Path, tiny_model: Path, tiny_pipeline: RestorationPipeline) -> None:
     target = tmp_path / "x.png"
     result = run("restore", album / "a.png", "-o", target, "--model", tiny_model, "--seed", 5, *QUICK)

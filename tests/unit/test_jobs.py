@@ -17,7 +17,7 @@ from torch import Tensor
 from latentindigo import jobs
 from latentindigo.guidance import UPDATES
 from latentindigo.images import LoadedImage, load_image, read_metadata, save_image
-from latentindigo.jobs import RestoreSettings, failure_kind, restore_file, restore_files
+from latentindigo.jobs import RestoreSettings, failure_kind, fast_dtype, restore_file, restore_files
 from latentindigo.pipeline import ModelLoadError, RestorationPipeline
 from latentindigo.planning import Task, plan_tasks
 from latentindigo.presets import INITS, METHODS, PRESETS
@@ -321,3 +321,13 @@ def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
 def test_an_absent_device_is_wrong_usage(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="device: 'nonsense' cannot be used"):
         jobs.load_pipeline(str(tiny_model), device="nonsense")
+
+
+@pytest.mark.parametrize(("in_hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_half_precision_is_taken_where_it_is_fast(
+    in_hardware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: in_hardware, raising=False)
+    assert fast_dtype(torch.device("cpu")) == dtype
+    assert fast_dtype(torch.device("mps")) == torch.float32
