@@ -13,7 +13,7 @@ from latentindigo.pipeline import RestorationPipeline
 def test_a_model_is_described_by_the_hash_that_results_carry(
     tiny_model: Path, tiny_pipeline: RestorationPipeline
 ) -> None:
-    facts = describe_installation(str(tiny_model), lambda model: load_pipeline(model, device="cpu"))
+    facts = describe_installation(str(tiny_model), lambda model: load_pipeline(model, device="cpu", dtype="float32"))
     assert facts["model"]["hash"] == tiny_pipeline.weights_hash()
     assert facts["model"]["error"] is None
     assert {Path(name).parent.name for name in facts["model"]["files"]} >= {"vae", "denoiser", "pixel_inn"}
