@@ -8,6 +8,7 @@ as large as the canvas is held in more than half precision, or on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,7 @@ class Finish:
         colours: Whether low frequencies are taken from y.
         tiles: Tiles of the latent canvas.
         device: Where tiles are computed.
+        measured: Puts back what a known operator measured; it acts on the whole image, so there is one tile then.
     """
 
     prior: LatentPrior
@@ -126,6 +128,7 @@ class Finish:
     colours: bool
     tiles: Tiles
     device: torch.device
+    measured: Callable[[Tensor], Tensor] | None = None
 
     def __call__(
         self,
@@ -168,6 +171,8 @@ class Finish:
             x = keep_coarse(x, unchanged, max(2, 2**self.levels), settings.coarse)
         if self.colours:
             x = wavelet_color_fix(x, F.interpolate(y, size=x.shape[-2:], mode="bicubic", antialias=True))
+        if self.measured is not None:
+            x = self.measured(x)
         return x.clamp(0, 1)
 
     def detail(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 H W"]:
