@@ -28,6 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["AutoencoderOutput", "PatchAutoencoder", "fit_patch_basis"]
 
@@ -57,6 +58,8 @@ class DecoderOutput(BaseOutput):
 class _ResidualBlock(nn.Module):
     """x + conv(act(conv(x))), without normalisation: statistics over the image would make tiles disagree."""
 
+    gradient_checkpointing = False  # diffusers' switch finds it by this name.
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
@@ -66,7 +69,12 @@ class _ResidualBlock(nn.Module):
             nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_out(F.silu(self.conv_in(F.silu(x))))
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return x + checkpoint(self._residual, x, use_reentrant=False)
+        return x + self._residual(x)
+
+    def _residual(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.conv_in(F.silu(x))))
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
@@ -84,7 +92,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         shift_factor: As in diffusers; 0.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(

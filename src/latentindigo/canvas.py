@@ -37,6 +37,7 @@ __all__ = [
     "is_out_of_memory",
     "make_plan",
     "output_size",
+    "overlapping",
     "pad_to",
     "tiling_for",
     "tiling_from",
@@ -45,11 +46,16 @@ __all__ = [
 ]
 
 MAX_LEVELS = 3
-AUTO_TILE_PIXELS = 2048 * 2048  # Above this many output pixels, "auto" tiles; below, all stages fit in a few GiB.
+# Above this many output pixels "auto" tiles. Below, all stages fit in a GiB; a larger whole takes more time per
+# pixel than tiles do, overlap included.
+AUTO_TILE_PIXELS = 1536 * 1536
 AUTO_TILE = 1280
 SMALLEST_TILE = 256
 TILE_GRID = 64  # Sides of tiles: a latent cell of the coarsest grid, at scale 8.
-TILE_OVERLAP = 64
+OVERLAP_GRID = 32
+# The embedded networks' reach, measured (`reach.py`): denoiser 56 pixels, latent INN 64, estimator 26, encoder 16,
+# decoder 13, map 16, colours 31. The rest is room for the ramp.
+TILE_OVERLAP = 96
 BATCH_PIXELS = 1024 * 1024
 
 ImageInput = PIL.Image.Image | np.ndarray | Tensor
@@ -224,7 +230,19 @@ def tiling_from(tile: Literal["auto"] | int | None) -> TilingConfig | None | Lit
         return "auto"
     if not isinstance(tile, int) or tile < SMALLEST_TILE:
         raise ValueError(f"tile must be 'auto', None or a side of at least {SMALLEST_TILE} output pixels, got {tile!r}")
-    return TilingConfig(tile=tile // TILE_GRID * TILE_GRID, overlap=TILE_OVERLAP)
+    return overlapping(tile // TILE_GRID * TILE_GRID)
+
+
+def overlapping(tile: int, overlap: float = TILE_OVERLAP, multiple: int = OVERLAP_GRID) -> TilingConfig:
+    """Tiles of a side with as much overlap as is wanted, or a quarter of the side where that is less.
+
+    Args:
+        tile: Side in pixels of the canvas.
+        overlap: Pixels wanted.
+        multiple: What side and overlap are multiples of.
+    """
+    wanted, largest = math.ceil(overlap / multiple) * multiple, tile // 4 // multiple * multiple
+    return TilingConfig(tile=tile // multiple * multiple, overlap=min(wanted, largest))
 
 
 def tiling_for(tile: TilingConfig | None | Literal["auto"], pixels: int, free: float, cost: int) -> TilingConfig | None:
@@ -245,7 +263,7 @@ def tiling_for(tile: TilingConfig | None | Literal["auto"], pixels: int, free: f
     if pixels <= min(AUTO_TILE_PIXELS, affordable):
         return None
     side = int(min(AUTO_TILE, math.sqrt(affordable))) // TILE_GRID * TILE_GRID
-    return TilingConfig(tile=max(SMALLEST_TILE, side), overlap=TILE_OVERLAP)
+    return overlapping(max(SMALLEST_TILE, side))
 
 
 def halved(tile: TilingConfig | None | Literal["auto"], pixels: int) -> TilingConfig | None:
@@ -259,7 +277,7 @@ def halved(tile: TilingConfig | None | Literal["auto"], pixels: int) -> TilingCo
     side = int(largest / 2) // TILE_GRID * TILE_GRID
     if side < SMALLEST_TILE:
         return None
-    return TilingConfig(tile=side, overlap=min(TILE_OVERLAP, side // 4 // TILE_GRID * TILE_GRID))
+    return overlapping(side)
 
 
 def free_memory(device: torch.device) -> float:

@@ -21,7 +21,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -114,6 +114,18 @@ class ForwardModel(Protocol):
         ...
 
 
+class Details(NamedTuple):
+    """Details of an image as the INN splits it, and what its inverse need not compute again.
+
+    Attributes:
+        bands: Details (B, 3C, h, w) of each level, finest first.
+        updates: U_K(d; gamma) of each level.
+    """
+
+    bands: Sequence[Tensor]
+    updates: Sequence[Tensor]
+
+
 class LearnedForward:
     """g = the trained INN, with a private copy for each image when it is refined *(paper: refinement)*.
 
@@ -144,27 +156,32 @@ class LearnedForward:
             self._private = [_trainable_copy(inn) for _ in range(len(gamma))]
             self._optimizers = [torch.optim.Adam(net.parameters(), lr=refine_lr) for net in self._private]
 
-    def split(self, u: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def split(self, u: Tensor) -> tuple[Tensor, Details]:
         """[c, d] = g(u, gamma)."""
         self._count(1)
-        if not self._private:
-            return self._shared(u, self.gamma, self.levels)
-        parts = [net(u[i : i + 1], self.gamma[i : i + 1], self.levels) for i, net in enumerate(self._private)]
-        details = tuple(torch.cat(bands) for bands in zip(*[d for _, d in parts], strict=True))
-        return torch.cat([c for c, _ in parts]), details
+        parts = [net.split(part, gamma, self.levels) for net, gamma, part in self._with_networks(u)]
+        if len(parts) == 1:
+            coarse, bands, updates = parts[0]
+            return coarse, Details(bands, updates)
+        bands, updates = ([torch.cat(same) for same in zip(*[p[k] for p in parts], strict=True)] for k in (1, 2))
+        return torch.cat([p[0] for p in parts]), Details(bands, updates)
 
     def merge(self, target: Tensor, details: object) -> Tensor:
         """g⁻¹(target, d, gamma)."""
         self._count(1)
-        if not isinstance(details, tuple):
-            raise TypeError(f"details of this network are a tuple of tensors, got {type(details).__name__}")
+        if not isinstance(details, Details):
+            raise TypeError(f"details of this network are what its split returned, got {type(details).__name__}")
+        images: list[Tensor] = []
+        for i, (net, gamma, part) in enumerate(self._with_networks(target)):
+            own = Details(*([d[i : i + len(part)] for d in parts] for parts in details))
+            images.append(net.inverse(part, own.bands, gamma, self.levels, own.updates))
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _with_networks(self, x: Tensor) -> list[tuple[InvertibleNet, Tensor, Tensor]]:
+        """(network, gamma, part of the batch): all with the shared network, or each image with its private copy."""
         if not self._private:
-            return self._shared.inverse(target, details, self.gamma, self.levels)
-        images = [
-            net.inverse(target[i : i + 1], [d[i : i + 1] for d in details], self.gamma[i : i + 1], self.levels)
-            for i, net in enumerate(self._private)
-        ]
-        return torch.cat(images)
+            return [(self._shared, self.gamma, x)]
+        return [(net, self.gamma[i : i + 1], x[i : i + 1]) for i, net in enumerate(self._private)]
 
     def refine(self, parts: Iterable[Part]) -> None:
         """One Adam step on ‖coarse(u) - target‖² for each image's private copy *(paper)*.

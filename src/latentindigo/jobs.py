@@ -225,7 +225,13 @@ class Restorer(Protocol):
 
 
 def load_pipeline(
-    model: str = "embedded", *, prior: str | None = None, dtype: str | None = None, device: str | None = None
+    model: str = "embedded",
+    *,
+    prior: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+    checkpointing: bool = False,
 ) -> Restorer:
     """Load a model for use by this module.
 
@@ -234,6 +240,8 @@ def load_pipeline(
         prior: Another latent diffusion model to sample with, or None.
         dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
+        compiled: Whether `torch.compile` compiles the networks.
+        checkpointing: Whether gradients are computed with less memory in more time.
 
     Returns:
         The pipeline.
@@ -254,7 +262,10 @@ def load_pipeline(
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
     torch_dtype = fast_dtype(torch.device(place)) if dtype is None else getattr(torch, dtype)
-    return RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+    pipe = RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+    if checkpointing:
+        pipe.enable_checkpointing()
+    return pipe.compile_networks() if compiled else pipe
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "BandMix",
@@ -303,6 +304,8 @@ class ConditionedConvNet(nn.Module):
         gamma_dim: Length d of the degradation embedding.
     """
 
+    gradient_checkpointing = False  # diffusers' switch finds it by this name.
+
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 2, gamma_dim: int = 64
     ) -> None:
@@ -328,6 +331,11 @@ class ConditionedConvNet(nn.Module):
         Returns:
             Tensor (B, out_channels, H, W).
         """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._compute, h, gamma, use_reentrant=False)
+        return self._compute(h, gamma)
+
+    def _compute(self, h: Tensor, gamma: Tensor) -> Tensor:
         weights, chosen = self.head.weight.dtype, self.compute_dtype
         # Channels-last on entry carries through every layer and halves the time of the convolutions on a CPU.
         h = h.to(dtype=chosen or weights, memory_format=torch.channels_last)
@@ -358,7 +366,11 @@ class LiftingStep(nn.Module):
         self.update = ConditionedConvNet(3 * channels, channels, hidden, blocks, gamma_dim)
 
     def forward(
-        self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"], gamma: Float[Tensor, "#b g"]
+        self,
+        c: Float[Tensor, "b c h w"],
+        d: Float[Tensor, "b c3 h w"],
+        gamma: Float[Tensor, "#b g"],
+        updates: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
         """Apply d <- d - P(c; gamma), then c <- c + U(d; gamma).
 
@@ -368,16 +380,23 @@ class LiftingStep(nn.Module):
             c: Coarse part (B, C, h, w).
             d: Details (B, 3C, h, w).
             gamma: Degradation embedding (B, d).
+            updates: Takes in U(d; gamma), if given.
 
         Returns:
             The new ``c`` and ``d``.
         """
         d = d - self.predict(c, gamma).to(d.dtype)
-        c = c + self.update(d, gamma).to(c.dtype)
-        return c, d
+        update = self.update(d, gamma).to(c.dtype)
+        if updates is not None:
+            updates.append(update)
+        return c + update, d
 
     def inverse(
-        self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"], gamma: Float[Tensor, "#b g"]
+        self,
+        c: Float[Tensor, "b c h w"],
+        d: Float[Tensor, "b c3 h w"],
+        gamma: Float[Tensor, "#b g"],
+        update: Float[Tensor, "b c h w"] | None = None,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
         """Undo :meth:`forward`: c <- c - U(d; gamma), then d <- d + P(c; gamma).
 
@@ -385,11 +404,12 @@ class LiftingStep(nn.Module):
             c: Coarse part (B, C, h, w).
             d: Details (B, 3C, h, w).
             gamma: The same degradation embedding (B, d) as on the way forward.
+            update: U(d; gamma), if it is known already.
 
         Returns:
             The ``c`` and ``d`` before the step.
         """
-        c = c - self.update(d, gamma).to(c.dtype)
+        c = c - (self.update(d, gamma).to(c.dtype) if update is None else update)
         d = d + self.predict(c, gamma).to(d.dtype)
         return c, d
 
@@ -412,6 +432,7 @@ class BandMix(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.eye(4 * channels))
+        self._known: tuple[Tensor, Tensor] | None = None  # A matrix and its inverse.
 
     def forward(
         self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]
@@ -439,7 +460,14 @@ class BandMix(nn.Module):
         Returns:
             The ``c`` and ``d`` before :meth:`forward`.
         """
-        return self._multiply(torch.linalg.inv(self.matrix.double()), c, d)
+        if torch.is_grad_enabled() and self.matrix.requires_grad:
+            return self._multiply(_inverted(self.matrix, c), c, d)
+        # The same matrix is asked for again and again while sampling; it is compared by value, so that no change hides.
+        matrix, known = self.matrix.detach(), self._known
+        fits = known is not None and (known[0].device, known[1].dtype) == (matrix.device, c.dtype)
+        if known is None or not fits or not torch.equal(known[0], matrix):
+            known = self._known = matrix.clone(), _inverted(matrix, c)
+        return self._multiply(known[1], c, d)
 
     @staticmethod
     def _multiply(matrix: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,6 +475,11 @@ class BandMix(nn.Module):
         with torch.autocast(c.device.type, enabled=False):
             bands = F.conv2d(torch.cat((c, d), dim=1), matrix.to(c.dtype)[:, :, None, None])
         return bands[:, : c.shape[1]], bands[:, c.shape[1] :]
+
+
+def _inverted(matrix: Tensor, like: Tensor) -> Tensor:
+    """The inverse in double precision, taken on the CPU: some accelerators have no such numbers."""
+    return torch.linalg.inv(matrix.cpu().double()).to(like)
 
 
 class CoarseGain(nn.Module):
@@ -510,6 +543,7 @@ def lift(
     haar: bool = True,
     mix: BandMix | None = None,
     gain: CoarseGain | None = None,
+    updates: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, "b c hc wc"], tuple[Tensor, ...]]:
     """Transform an image into coarse part and details (*the invertible network*, g).
 
@@ -531,6 +565,8 @@ def lift(
             subsampling; the undecimated split is always Haar.
         mix: Band mix of every decimated level; the undecimated split, whose bands overlap, has none.
         gain: Gain on the final coarse part.
+        updates: Takes in U_K(d; gamma) of each level, finest first, if given. It depends on details alone, so that
+            :func:`unlift` with the same details and whatever coarse part need not compute it again.
 
     Returns:
         ``x_c`` (B, C, H/2^J, W/2^J) and ``x_d``, a tuple from the finest level to the coarsest with J tensors
@@ -548,9 +584,7 @@ def lift(
             "pad the image (and crop the result) or use fewer levels"
         )
     if levels == 0:
-        c, d = undecimated_split(x)
-        for step in steps:
-            c, d = step(c, d, gamma)
+        c, d = _step_through(steps, *undecimated_split(x), gamma, updates)
         return (c if gain is None else gain(c, gamma)), (d,)
     c = x
     details: list[Tensor] = []
@@ -560,10 +594,18 @@ def lift(
             c, d = haar_lift(c, d)
         if mix is not None:
             c, d = mix(c, d)
-        for step in steps:
-            c, d = step(c, d, gamma)
+        c, d = _step_through(steps, c, d, gamma, updates)
         details.append(d)
     return (c if gain is None else gain(c, gamma)), tuple(details)
+
+
+def _step_through(
+    steps: Sequence[LiftingStep], c: Tensor, d: Tensor, gamma: Tensor, updates: list[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """All lifting steps of one level; only the last one's update outlives them."""
+    for k, step in enumerate(steps, 1):
+        c, d = step(c, d, gamma, updates if k == len(steps) else None)
+    return c, d
 
 
 def unlift(
@@ -575,6 +617,7 @@ def unlift(
     haar: bool = True,
     mix: BandMix | None = None,
     gain: CoarseGain | None = None,
+    updates: Sequence[Tensor] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Put coarse part and details together again (*the inverse network*, g^-1).
 
@@ -587,6 +630,7 @@ def unlift(
         haar: As given to :func:`lift`.
         mix: As given to :func:`lift`.
         gain: As given to :func:`lift`.
+        updates: As :func:`lift` filled it, if it did.
 
     Returns:
         Image (B, C, h * 2^J, w * 2^J).
@@ -602,10 +646,11 @@ def unlift(
         )
     backwards = list(steps)[::-1]
     c = x_c if gain is None else gain.inverse(x_c, gamma)
-    for d in reversed(x_d):
+    known = list(updates) if updates else [None] * len(x_d)
+    for d, update in zip(reversed(x_d), reversed(known), strict=True):
         _check_bands(c, d)
-        for step in backwards:
-            c, d = step.inverse(c, d, gamma)
+        for k, step in enumerate(backwards):
+            c, d = step.inverse(c, d, gamma, update if k == 0 else None)
         if levels == 0:
             return undecimated_merge(c, d)
         if mix is not None:

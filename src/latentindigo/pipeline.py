@@ -40,6 +40,7 @@ from latentindigo.canvas import (
     is_out_of_memory,
     make_plan,
     output_size,
+    overlapping,
     pad_to,
     tiling_for,
     tiling_from,
@@ -62,17 +63,21 @@ from latentindigo.model_folder import model_folder
 from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
+from latentindigo.reach import reach_of
 from latentindigo.sampler import restore_latent
 from latentindigo.stages import Finish, Start, latent_tiles
 from latentindigo.texture import draw_around, keep_texture, uneven
 from latentindigo.tiled_guidance import TiledData, counted_once, simulate
 from latentindigo.tiling import Tiles, TilingConfig
+from latentindigo.tuning import checkpoint_networks, compile_networks
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
 # Peak memory of a restoration above the loaded model, divided by its pixels: 470 to 600 were measured at 256² to 1024².
 TILE_BYTES = 600
 FOREIGN_TILE_BYTES = 10_000  # Stable Diffusion's autoencoder in float32, which is the hungriest part.
+LARGEST_OVERLAP = 256  # Of tiles, in pixels, however far a network looks: the ramp hides what is left.
+MOST_TILES_AT_ONCE = 8
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
@@ -148,6 +153,7 @@ class RestorationPipeline(DiffusionPipeline):
             latent_inn=latent_inn,
         )
         self.presets = load_presets(Path(os.devnull))
+        self._reach: tuple[tuple[int, int], float] | None = None
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
             frozen: Any = network.eval().requires_grad_(False)
@@ -227,6 +233,28 @@ class RestorationPipeline(DiffusionPipeline):
 
     def _networks(self) -> dict[str, torch.nn.Module]:
         return {n: c for n, c in self.components.items() if isinstance(c, torch.nn.Module)}
+
+    def compile_networks(self) -> RestorationPipeline:
+        """Compile the large networks by `torch.compile`, see `latentindigo.tuning`.
+
+        On an accelerator it pays for many images of one size. On a CPU convolutions take the time, and they stay what
+        they are: measured, nothing is gained.
+
+        Returns:
+            Itself.
+        """
+        names = ("denoiser", "vae", "estimator")
+        compile_networks(network for name, network in self._networks().items() if name in names)
+        return self
+
+    def enable_checkpointing(self) -> RestorationPipeline:
+        """Keep less of the networks for the gradients of "stopped" and "through": less memory, about a third more time.
+
+        Returns:
+            Itself.
+        """
+        checkpoint_networks(self._networks().values())
+        return self
 
     def weights_hash(self) -> str:
         """SHA-256 over names and values of all weights, as hexadecimal text; any change of a weight changes it."""
@@ -419,7 +447,8 @@ class RestorationPipeline(DiffusionPipeline):
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
         tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
         if tiling is not None:
-            prior = prior.tiled(tiling)
+            tiling = overlapping(tiling.tile, self._overlap(prior, tiling), prior.size_multiple)
+            prior = prior.tiled(tiling, self._tiles_at_once(tiling))
         # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
         tiles = latent_tiles(prior, plan, tiling if operator is None else None)
         y = y if len(tiles) > 1 else y.to(device)
@@ -434,10 +463,34 @@ class RestorationPipeline(DiffusionPipeline):
         else:
             begin = pad_to(operator.initial(y), plan.padded_width, plan.padded_height).clamp(0, 1)
         start = prior.encode(begin)
+        data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, tiles)
+        measured = None
+        if operator is not None and data is not None:
+            # What was measured is kept to the pixel; only the rest is the prior's.
+            measured = partial(OnCanvas(operator, plan).project, y=y, noise=float(noise.mean()))
+        spread = self._spread(start, gamma, settings, operator, tiles)
+        z = self._sample(prior, start, data, spread, plan, run, seeds, loop_calls)
+        del data, spread  # Each as large as the latent; the finish has tiles of the picture to hold.
+        finish = Finish(prior, self.pixel_inn, gamma, plan.levels, settings, operator is None, tiles, device, measured)
+        x, detail = finish(z, start, begin, padded)
+        return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
+
+    def _sample(
+        self,
+        prior: LatentPrior,
+        start: Tensor,
+        data: DataTerm | None,
+        spread: Tensor | None,
+        plan: Plan,
+        run: _Run,
+        seeds: Sequence[int],
+        loop_calls: Calls,
+    ) -> Tensor:
+        """The sampled latent; what sampling alone needs is free again when it returns."""
+        settings, calls = run.preset, prior.calls
         trajectory = prior.trajectory(
             settings.steps, 1.0 if settings.init == "noise" else settings.strength, eta=settings.eta
         )
-        data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, tiles)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def on_step(i: int, z_t: Tensor, z0: Tensor) -> None:
@@ -446,22 +499,31 @@ class RestorationPipeline(DiffusionPipeline):
 
         before = copy.copy(calls)
         regulariser = make_regulariser(settings.guidance, prior)
-        spread = self._spread(start, gamma, settings, operator, tiles)
         seeded = draw_around(start, spread, settings.spread, generators)
         z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
+        if settings.init == "noise":
+            return z
+        return keep_texture(z, start, spread, settings.texture * (1.0 if plan.levels else settings.same_size))
 
-        if settings.init != "noise":
-            share = settings.texture * (1.0 if plan.levels else settings.same_size)
-            z = keep_texture(z, start, spread, share)
-        measured = None
-        if operator is not None and data is not None:
-            # What was measured is kept to the pixel; only the rest is the prior's.
-            measured = partial(OnCanvas(operator, plan).project, y=y, noise=float(noise.mean()))
-        finish = Finish(prior, self.pixel_inn, gamma, plan.levels, settings, operator is None, tiles, device, measured)
-        x, detail = finish(z, start, begin, padded)
-        return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
+    def _overlap(self, prior: LatentPrior, tiling: TilingConfig) -> float:
+        """Pixels that tiles must overlap by: known for the embedded networks, measured for others, once."""
+        if isinstance(self.vae, PatchAutoencoder):
+            return tiling.overlap
+        networks = id(self.vae), id(self.denoiser)
+        if self._reach is None or self._reach[0] != networks:
+            self._reach = networks, _measured_reach(prior)
+        return max(tiling.overlap, min(LARGEST_OVERLAP, self._reach[1]))
+
+    def _tiles_at_once(self, tiling: TilingConfig) -> int:
+        """Tiles in one pass of a network: one on a CPU, which is busy with it; as many as fit on an accelerator."""
+        device = self.denoiser.device
+        if device.type == "cpu":
+            return 1
+        free = free_memory(device)
+        fitting = 0.25 * free / (self._cost() * tiling.tile**2) if math.isfinite(free) else 1
+        return max(1, min(MOST_TILES_AT_ONCE, int(fitting)))
 
     def _cost(self) -> int:
         """Bytes of working memory for each pixel of a tile."""
@@ -519,6 +581,20 @@ class RestorationPipeline(DiffusionPipeline):
             unit = float(gain.mean().sqrt())
             data = PixelINN(prior, model, target, plan.pixels, settings.guidance, noise, unit)
         return data if len(tiles) == 1 else TiledData(data, tiles, plan.levels)
+
+
+def _measured_reach(prior: LatentPrior) -> float:
+    """The farthest that encoder, denoiser and decoder look, in pixels, on a canvas of 64 latent cells."""
+    prior = prior.tiled(None).counting(Calls())
+    generator, side = torch.Generator().manual_seed(0), 64
+    z = torch.randn((1, prior.latent_channels, side, side), generator=generator).to(prior.device)
+    x = torch.rand((1, 3, side * prior.downsampling, side * prior.downsampling), generator=generator).to(prior.device)
+    trajectory = prior.trajectory(2)
+    return max(
+        reach_of(prior.encode, x),
+        prior.downsampling * reach_of(prior.decode, z),
+        prior.downsampling * reach_of(lambda z_t: trajectory.predict(z_t, 1).z0, z),
+    )
 
 
 def _noise_gain(prior: LatentPrior) -> Tensor:

@@ -99,6 +99,7 @@ class LatentPrior:
         self.denoiser = denoiser
         self.calls = Calls()
         self._tiling: TilingConfig | None = None
+        self._tile_batch = 1
         self.scheduler = copy.deepcopy(scheduler)
         self._family = family_of(self.scheduler)
         self.prediction_type: PredictionType = network_type(self.scheduler, self._family, prediction_type)
@@ -135,11 +136,12 @@ class LatentPrior:
         view.calls = calls
         return view
 
-    def tiled(self, tiling: TilingConfig | None) -> LatentPrior:
+    def tiled(self, tiling: TilingConfig | None, batch: int = 1) -> LatentPrior:
         """Return a view of this prior that runs encoder, decoder and denoiser on overlapping tiles.
 
         Args:
             tiling: Tile and overlap in pixels of the image, multiples of `size_multiple`; None = whole images.
+            batch: Most tiles that go through a network at once.
 
         Returns:
             A light copy that shares networks and counter; one call of a network counts once, however many tiles.
@@ -153,7 +155,7 @@ class LatentPrior:
                 f"{tiling.tile} and {tiling.overlap}"
             )
         view = copy.copy(self)
-        view._tiling = tiling
+        view._tiling, view._tile_batch = tiling, batch
         return view
 
     def encode(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
@@ -184,7 +186,8 @@ class LatentPrior:
         if self._tiling is None:
             latent = encode(x)
         else:
-            latent = tiled_map(encode, x, self._tiling.tile, self._tiling.overlap, scale_den=self.downsampling)
+            tile, overlap = self._tiling.tile, self._tiling.overlap
+            latent = tiled_map(encode, x, tile, overlap, scale_den=self.downsampling, batch=self._tile_batch)
         latent = latent.to(state)
         scale, shift = _latent_affine(self.vae, latent)
         return (latent - shift) * scale
@@ -242,7 +245,8 @@ class LatentPrior:
         if self._tiling is None:
             return fn(z)
         tile, overlap = self._tiling.tile // self.downsampling, self._tiling.overlap // self.downsampling
-        return tiled_map(fn, z, tile, overlap, scale_num=scale, multiple=self._latent_multiple)
+        multiple, batch = self._latent_multiple, self._tile_batch
+        return tiled_map(fn, z, tile, overlap, scale_num=scale, multiple=multiple, batch=batch)
 
     def _denoise(self, z: Tensor, t: Tensor) -> Tensor:
         """Run the denoiser once, in its own dtype, and count the call and any later backward pass."""
@@ -253,9 +257,10 @@ class LatentPrior:
                 f"pad the image to multiples of {self.size_multiple} pixels"
             )
         self.calls.denoiser += 1
-        times = t.to(z.device).expand(z.shape[0])
+        time = t.to(z.device)
 
         def denoise(part: Tensor) -> Tensor:
+            times = time.expand(part.shape[0])
             return in_full_precision(self.denoiser, lambda network: network(part.to(_dtype_of(network)), times).sample)
 
         output = self._on_latent_tiles(denoise, z, 1)

@@ -356,6 +356,7 @@ def tiled_map(
     multiple: int = 1,
     ramp: Ramp = "cosine",
     dtype: torch.dtype | None = None,
+    batch: int = 1,
 ) -> Float[Tensor, "b c2 h2 w2"]:
     """Apply an image-to-image function tile by tile and fuse the results by a partition of unity.
 
@@ -363,8 +364,8 @@ def tiled_map(
     function returns float64). An image that fits into one tile goes through the function as it is. Gradients pass.
 
     Args:
-        fn: Takes (B, C, h, w) and returns (B, C', h · num / den, w · num / den). It is handed views of `x` and must not
-            write into them.
+        fn: Takes (n B, C, h, w) and returns (n B, C', h · num / den, w · num / den), for any n up to `batch`; images of
+            a batch must not see each other. It may be handed views of `x` and must not write into them.
         x: Image, (B, C, H, W).
         tile: Largest side of a tile, in pixels of `x`.
         overlap: Pixels by which a tile reaches beyond its share on each inner side; 2 · `overlap` < `tile`.
@@ -375,6 +376,7 @@ def tiled_map(
         multiple: Tile sides and starts are multiples of this as well; it divides H and W.
         ramp: "cosine" or "linear".
         dtype: What the result is kept in; None = the dtype of the function's result.
+        batch: Most tiles that go through the function at once; an accelerator is not busy with one small tile.
 
     Returns:
         (B, C', H · num / den, W · num / den) on the device of the function's result.
@@ -387,8 +389,13 @@ def tiled_map(
     grid = math.lcm(multiple, scale_den)
     tiles = Tiles(x.shape[-2:], TilingConfig(tile, overlap), grid, reach=reach, ramp=ramp)
     fusion = tiles.fusion(scale_num, scale_den, dtype)
-    for part in tiles:
-        fusion.add(part, fn(part.cut(x)))
+    order = list(tiles)
+    for k in range(0, len(order), batch):
+        group = order[k : k + batch]
+        parts = [part.cut(x) for part in group]
+        results = fn(parts[0] if len(parts) == 1 else torch.cat(parts)).chunk(len(group))
+        for part, result in zip(group, results, strict=True):
+            fusion.add(part, result)
     return fusion.result()
 
 

@@ -100,14 +100,28 @@ NETS: dict[str, tuple[Callable[..., ModelMixin], Outputs]] = {
 class ForgottenOffset(InvertibleNet):
     """Centres the input on the way forward only."""
 
-    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+    def inverse(
+        self,
+        x_c: Tensor,
+        x_d: Sequence[Tensor],
+        gamma: Tensor,
+        levels: int = 2,
+        updates: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         return super().inverse(x_c, x_d, gamma, levels) - self.config["offset"]
 
 
 class TransposedMix(InvertibleNet):
     """Takes the transpose of the band mix for its inverse, which holds for rotations only."""
 
-    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+    def inverse(
+        self,
+        x_c: Tensor,
+        x_d: Sequence[Tensor],
+        gamma: Tensor,
+        levels: int = 2,
+        updates: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         if self.band_mix is None:
             return super().inverse(x_c, x_d, gamma, levels)
         kept = self.band_mix.matrix.data
@@ -121,7 +135,14 @@ class TransposedMix(InvertibleNet):
 class OneWayGain(InvertibleNet):
     """Forgets the coarse gain on the way back."""
 
-    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+    def inverse(
+        self,
+        x_c: Tensor,
+        x_d: Sequence[Tensor],
+        gamma: Tensor,
+        levels: int = 2,
+        updates: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         gain, self.coarse_gain = self.coarse_gain, None
         try:
             return super().inverse(x_c, x_d, gamma, levels)
@@ -140,7 +161,14 @@ class RoundingInn(InvertibleNet):
 class ClampingInn(InvertibleNet):
     """Clamps a coarse part to [0, 1], which its own output may leave."""
 
-    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+    def inverse(
+        self,
+        x_c: Tensor,
+        x_d: Sequence[Tensor],
+        gamma: Tensor,
+        levels: int = 2,
+        updates: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         return super().inverse(x_c.clamp(0, 1), x_d, gamma, levels)
 
 
@@ -169,7 +197,14 @@ class DetachedInn(InvertibleNet):
     def forward(self, x: Tensor, gamma: Tensor, levels: int = 2) -> tuple[Tensor, tuple[Tensor, ...]]:
         return super().forward(x, gamma.detach(), levels)
 
-    def inverse(self, x_c: Tensor, x_d: Sequence[Tensor], gamma: Tensor, levels: int = 2) -> Tensor:
+    def inverse(
+        self,
+        x_c: Tensor,
+        x_d: Sequence[Tensor],
+        gamma: Tensor,
+        levels: int = 2,
+        updates: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         return super().inverse(x_c, x_d, gamma.detach(), levels)
 
 

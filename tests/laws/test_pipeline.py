@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import latentindigo.pipeline as pipeline_module
 import latentindigo.stages as stages_module
 from latentindigo.canvas import free_memory, halved, tiling_for
 from latentindigo.guidance import DataTerm, LatentINN, LearnedForward
 from latentindigo.pipeline import RestorationPipeline
-from latentindigo.prior import in_full_precision
+from latentindigo.prior import LatentPrior, in_full_precision
 from latentindigo.texture import uneven
 from latentindigo.tiling import TilingConfig
 from tiny import tiny_pipeline as build_pipeline
@@ -503,6 +507,53 @@ def test_thin_images_in_tiles(tiny_pipeline: RestorationPipeline, size: tuple[in
     assert bool(out.isfinite().all())
 
 
+def test_a_ribbon_is_restored(tiny_pipeline: RestorationPipeline) -> None:
+    """16 pixels high and 8000 wide, by the size that is wanted and by tiles that the pipeline chooses."""
+    out = tiny_pipeline(torch.rand(3, 4, 2000), size=(8000, 16), tile=512, steps=1, output_type="pt").images[0]
+    assert tuple(out.shape) == (3, 16, 8000)
+    assert bool(out.isfinite().all())
+
+
+def test_foreign_tiles_overlap_as_far_as_the_networks_look(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = ForeignAutoencoder()
+    foreign.inner = tiny_pipeline.vae
+    pipe = RestorationPipeline(**{**tiny_pipeline.components, "vae": foreign})
+    seen: list[TilingConfig] = []
+    tiled = LatentPrior.tiled
+
+    def spy(prior: LatentPrior, tiling: TilingConfig | None, batch: int = 1) -> LatentPrior:
+        if tiling is not None:
+            seen.append(tiling)
+        return tiled(prior, tiling, batch)
+
+    monkeypatch.setattr(LatentPrior, "tiled", spy)
+    settings: dict[str, Any] = {"tile": 768, "output_type": "pt", "steps": 1, "method": "unguided"}
+    pipe(photo(200, 30), 4, **settings)
+    pipe(photo(200, 30), 4, **settings)
+    tiny_pipeline(photo(200, 30), 4, **settings)
+    ours, again, embedded = seen
+    assert ours == again
+    assert 112 <= ours.overlap <= 144
+    assert embedded.overlap == 96
+
+
+class ForeignAutoencoder(ModelMixin, ConfigMixin):
+    """An autoencoder of another class whose decoder looks 14 cells far."""
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 4, downsampling: int = 8) -> None:
+        super().__init__()
+        self.inner: Any = None
+
+    def encode(self, x: Tensor) -> Any:
+        return self.inner.encode(x)
+
+    def decode(self, z: Tensor) -> Any:
+        return self.inner.decode(F.avg_pool2d(z, 29, stride=1, padding=14))
+
+
 def test_tiles_catch_a_seam(tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(fn: Callable[[Tensor], Tensor], x: Tensor, tile: int, *args: Any, **kwargs: Any) -> Tensor:
         return fn(x.roll(tile // 4, -1))
@@ -517,6 +568,59 @@ def test_a_huge_canvas_lies_in_a_file(tiny_pipeline: RestorationPipeline, monkey
     in_memory = tiny_pipeline(photo(100, 90), 4, **settings).images[0]
     monkeypatch.setattr("latentindigo.tiling.MAPPED_BYTES", 0)
     assert torch.equal(tiny_pipeline(photo(100, 90), 4, **settings).images[0], in_memory)
+
+
+def test_restoring_asks_for_no_double_precision(tiny_pipeline: RestorationPipeline) -> None:
+    """Apple's accelerators have none. Matrices are made and inverted on the CPU; no picture or latent is double."""
+
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float64 and out.ndim > 2:
+                raise AssertionError(f"{func} in double precision")
+            return out
+
+    with NoDoubles():
+        tiny_pipeline(photo(), 4, **FAST)
+        tiny_pipeline(photo(), 4, update="stopped", **FAST)
+
+
+# --- asked for: compiling, checkpointing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "update"), [("pixel-inn", "stopped"), ("latent-inn", "through")])
+def test_checkpointing_keeps_less_and_changes_nothing(method: str, update: str) -> None:
+    pipe = build_pipeline()
+    image = photo(24, 20)
+    settings: dict[str, Any] = {"scale": 4, "method": method, "update": update, **FAST}
+
+    def run() -> tuple[Tensor, int]:
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return pipe(image, **settings).images[0], kept
+
+    plain, much = run()
+    pipe.enable_checkpointing()
+    spared, little = run()
+    assert_close(spared, plain)
+    assert little < 0.8 * much
+
+
+def test_compiling_leaves_weights_alone_and_compiles_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build_pipeline()
+    before, compiled = pipe.weights_hash(), []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    assert pipe.compile_networks() is pipe
+    assert pipe.weights_hash() == before
+    assert set(compiled) == {pipe.denoiser, pipe.estimator, *pipe.vae.children()}
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
 # --- memory and precision --------------------------------------------------------------------------------------------
@@ -588,8 +692,8 @@ def test_what_half_precision_cannot_hold_is_computed_in_full() -> None:
 
 def test_automatic_tiles_fit_into_free_memory() -> None:
     wide, cost = 1e12, 400
-    assert tiling_for("auto", 2048 * 2048, wide, cost) is None
-    large = tiling_for("auto", 4096 * 4096, wide, cost)
+    assert tiling_for("auto", 1536 * 1536, wide, cost) is None
+    large = tiling_for("auto", 2048 * 2048, wide, cost)
     assert large is not None
     assert 1024 <= large.tile <= 1536
     short = tiling_for("auto", 2048 * 2048, 2 * cost * 700 * 700, cost)
@@ -600,9 +704,10 @@ def test_automatic_tiles_fit_into_free_memory() -> None:
     assert least.tile == 256
     assert tiling_for(None, 10**9, 1.0, cost) is None
     assert tiling_for(TilingConfig(512, 64), 10, 1.0, cost) == TilingConfig(512, 64)
-    assert halved(TilingConfig(1024, 64), 1) == TilingConfig(512, 64)
-    assert halved(None, 4000 * 4000) == TilingConfig(1984, 64)
-    assert halved("auto", 4000 * 4000) == TilingConfig(640, 64)
+    assert halved(TilingConfig(1024, 64), 1) == TilingConfig(512, 96)
+    assert halved(None, 4000 * 4000) == TilingConfig(1984, 96)
+    assert halved("auto", 4000 * 4000) == TilingConfig(640, 96)
+    assert halved(TilingConfig(640, 96), 1) == TilingConfig(320, 64)
     assert halved("auto", 300 * 300) is None
     assert halved(TilingConfig(256, 64), 10**8) is None
     assert free_memory(torch.device("cpu")) > 2**20

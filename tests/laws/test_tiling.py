@@ -177,6 +177,19 @@ def test_an_image_that_fits_goes_through_untouched() -> None:
     assert seen == [(2, 2, 7, 9)] * 2
 
 
+@pytest.mark.parametrize("batch", [2, 3, 100])
+def test_tiles_in_batches_are_the_same_tiles(batch: int) -> None:
+    """Batches cross rows of tiles, and images of a batch of pictures stay with their pictures."""
+    x, sizes = picture(40, 31), []
+
+    def fn(t: Tensor) -> Tensor:
+        sizes.append(len(t))
+        return t - t.mean(dim=(-2, -1), keepdim=True)
+
+    assert_close(tiled_map(fn, x, 16, 3, batch=batch), tiled_map(fn, x, 16, 3))
+    assert max(sizes) > len(x)
+
+
 def test_tiles_have_one_size_and_no_more_of_them_than_needed() -> None:
     seen: list[tuple[int, int]] = []
 

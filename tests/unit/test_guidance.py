@@ -140,7 +140,7 @@ def test_details_of_the_wrong_kind_are_refused() -> None:
     x = pixels()
     learned = LearnedForward(make_inn(), torch.zeros(1, GAMMA_DIM), 1)
     coarse, _ = learned.split(x)
-    with pytest.raises(TypeError, match="tuple of tensors, got Tensor"):
+    with pytest.raises(TypeError, match="what its split returned, got Tensor"):
         learned.merge(coarse, x)
     with pytest.raises(TypeError, match="the image itself, got tuple"):
         LinearForward(Scale(2)).merge(coarse, (x,))

@@ -113,6 +113,22 @@ def test_a_measurement_replaces_the_coarse_part() -> None:
         assert_close(net(net.inverse(y, x_d, gamma, 2), gamma, 2)[0], y)
 
 
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_what_split_knows_inverse_need_not_compute(levels: int) -> None:
+    """The inverse with `split`'s updates is the same, and it does use them."""
+    net, gamma = small_inn(), torch.randn(1, GAMMA_DIM)
+    x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16 >> levels, 16 >> levels)
+    with torch.no_grad():
+        x_c, x_d, updates = net.split(x, gamma, levels)
+        plain_c, plain_d = net(x, gamma, levels)
+        assert torch.equal(x_c, plain_c)
+        assert all(torch.equal(a, b) for a, b in zip(x_d, plain_d, strict=True))
+        known = net.inverse(y, x_d, gamma, levels, updates)
+        assert torch.equal(known, net.inverse(y, x_d, gamma, levels))
+        others = [update + 1 for update in updates]
+        assert not torch.equal(known, net.inverse(y, x_d, gamma, levels, others))
+
+
 def test_inn_refusals() -> None:
     net, gamma = small_inn(), torch.randn(1, GAMMA_DIM)
     with pytest.raises(ValueError, match="3 channels expected, got 4"):
