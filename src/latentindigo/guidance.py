@@ -65,7 +65,8 @@ class GuidanceConfig:
         noise_weight: How strongly the noise that gamma reports weakens the data term (see `DataTerm.gain`), 0 = never.
         shrink: How much of the noise that gamma reports is taken out of the target (see `trusted_target`), 0 = the
             paper's target, y or E(y) as it is.
-        every_k: Guide every k-th step only.
+        every_k: Guide the last of every k steps only, as strongly as k steps would, see `zeta_at_once` and
+            `beta_at_once`; a k-th of the cost *(ours)*.
         regulariser: None or a name of `REGULARISERS`.
         regulariser_weight: Its strength (lambda, rho or the trust radius).
         refine: Whether the INN's forward model is refined on the image while sampling.
@@ -95,6 +96,16 @@ class GuidanceConfig:
             raise ValueError(f"every_k must be at least 1, got {self.every_k}")
         if self.regulariser is not None and self.regulariser not in REGULARISERS:
             raise ValueError(f"regulariser must be None or one of {', '.join(REGULARISERS)}, got {self.regulariser!r}")
+
+    @property
+    def zeta_at_once(self) -> float:
+        """Step of the gradient rules in a guided step: k zeta, for the k - 1 steps that go without."""
+        return self.every_k * self.zeta
+
+    @property
+    def beta_at_once(self) -> float:
+        """Step of the projection in a guided step: 1 - (1 - beta)^k, what k projections in turn would reach."""
+        return self.beta if self.every_k == 1 else 1 - (1 - self.beta) ** self.every_k
 
 
 @runtime_checkable
@@ -362,7 +373,7 @@ class DataTerm:
             The correction to add to z0.
         """
         with torch.no_grad():
-            return self.config.beta * per_image(gain) * (self.consistent(z0) - z0)
+            return self.config.beta_at_once * per_image(gain) * (self.consistent(z0) - z0)
 
     def descent(self, z0: Float[Tensor, "b c h w"], gain: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Correction -zeta_t grad_{z0} loss of the rule "stopped", zeta_t = zeta * gain.
@@ -377,7 +388,7 @@ class DataTerm:
         with torch.enable_grad():
             z0 = z0.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(z0).sum(), z0)
-        return -self.config.zeta * per_image(gain) * gradient
+        return -self.config.zeta_at_once * per_image(gain) * gradient
 
     def descent_through(
         self,
@@ -399,7 +410,7 @@ class DataTerm:
         """
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.loss(z0).sum(), z_t)
-        return -self.config.zeta * per_image(gain) * gradient
+        return -self.config.zeta_at_once * per_image(gain) * gradient
 
     def refine(self, z0: Float[Tensor, "b c h w"]) -> None:
         """One step of refining the forward model against ‖coarse(z_0 detached) - target‖² *(paper)*."""

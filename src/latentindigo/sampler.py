@@ -52,7 +52,7 @@ def restore_latent(
     """
     z_t = trajectory.noise(torch.zeros_like(start) if trajectory.pure_noise else start, draw_noise(start, generators))
     for i in range(len(trajectory)):
-        guide = data if data is not None and i % data.config.every_k == 0 else None
+        guide = data if data is not None and (i + 1) % min(data.config.every_k, len(trajectory)) == 0 else None
         through = guide is not None and update == "through"
         alpha, sigma = trajectory.alpha_sigma(i)
         graph = through and guide is not None and guide.keeps_graph

@@ -183,4 +183,4 @@ class TiledData(DataTerm):
                     )
                     (found,) = torch.autograd.grad(torch.as_tensor(loss), part)
                 tile.cut(gradient).add_(found)
-        return -self.config.zeta * per_image(gain) * gradient
+        return -self.config.zeta_at_once * per_image(gain) * gradient

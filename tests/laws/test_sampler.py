@@ -168,7 +168,7 @@ class Setting:
 def expected_calls(setting: Setting) -> Calls:
     """Return the costs of the method's table, for a run of this setting."""
     steps, pixel = setting.steps, setting.name == "pixel"
-    guided = 0 if setting.name == "unguided" else math.ceil(steps / setting.config.every_k)
+    guided = 0 if setting.name == "unguided" else steps // min(steps, setting.config.every_k)
     gradient = setting.update != "projection"
     return Calls(
         denoiser=steps,
@@ -187,6 +187,28 @@ def check_calls(setting: Setting) -> None:
     assert calls == expected_calls(setting)
     if setting.name == "latent":
         assert (calls.decoder, calls.decoder_backward, calls.encoder) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("steps", "every_k", "guided"), [(10, 3, [2, 5, 8]), (4, 1, [0, 1, 2, 3]), (4, 9, [3])])
+def test_the_last_of_every_k_steps_is_guided(steps: int, every_k: int, guided: list[int]) -> None:
+    seen: list[int] = []
+
+    class Recording(LatentINN):
+        def projection(self, z0: Tensor, gain: Tensor) -> Tensor:
+            seen.append(self.prior.calls.denoiser - 1)
+            return super().projection(z0, gain)
+
+    config = replace(STRONG, every_k=every_k)
+    replace(Setting("latent", "projection", config), steps=steps, data_class=Recording).run()
+    assert seen == guided
+
+
+def test_a_guided_step_stands_for_those_without() -> None:
+    """Three steps at once: what three projections in turn leave of a distance, and three gradient steps."""
+    config = replace(STRONG, beta=0.5, zeta=2.0, every_k=3)
+    assert config.beta_at_once == 1 - 0.5**3
+    assert config.zeta_at_once == 6.0
+    assert replace(config, every_k=1, beta=0.3).beta_at_once == 0.3
 
 
 class LeavesTheLatentSpace(LatentINN):
