@@ -519,7 +519,9 @@ class RestorationPipeline(DiffusionPipeline):
         """The sampled latent; what sampling alone needs is free again when it returns."""
         settings, calls = run.preset, prior.calls
         strength = 1.0 if settings.init == "noise" else settings.strength
-        trajectory = prior.trajectory(settings.steps, strength, eta=settings.eta, latent_size=tuple(start.shape[-2:]))
+        trajectory = prior.trajectory(
+            settings.steps, strength, eta=settings.eta, latent_size=(start.shape[-2], start.shape[-1])
+        )
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def on_step(i: int, z_t: Tensor, z0: Tensor) -> None:
