@@ -225,7 +225,12 @@ class Restorer(Protocol):
 
 
 def load_pipeline(
-    model: str = "embedded", *, prior: str | None = None, dtype: str | None = None, device: str | None = None
+    model: str = "embedded",
+    *,
+    prior: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    init_model: str | None = None,
 ) -> Restorer:
     """Load a model for use by this module.
 
@@ -234,6 +239,7 @@ def load_pipeline(
         prior: Another latent diffusion model to sample with, or None.
         dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
+        init_model: A .safetensors file of a classical restorer that makes the stage-one estimate, or None.
 
     Returns:
         The pipeline.
@@ -254,7 +260,9 @@ def load_pipeline(
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
     torch_dtype = fast_dtype(torch.device(place)) if dtype is None else getattr(torch, dtype)
-    return RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+    return RestorationPipeline.from_pretrained(
+        model, prior=prior, torch_dtype=torch_dtype, device=place, init_model=init_model
+    )
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -422,6 +430,10 @@ def _restore(
     )
     model_hash = pipe.weights_hash()
     metadata = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
+    # No part of the model, so its hash does not tell.
+    init_model = getattr(pipe, "init_model", None)
+    if init_model is not None:
+        metadata["init_model"] = {"name": init_model.name, "sha256": init_model.sha256}
     for folder in {path.parent for path in task.files}:
         folder.mkdir(parents=True, exist_ok=True)
     for index, target in enumerate(task.targets):

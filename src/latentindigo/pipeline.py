@@ -57,6 +57,7 @@ from latentindigo.guidance import (
     make_regulariser,
     trusted_target,
 )
+from latentindigo.init_models import InitModel, load_init_model
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.model_folder import model_folder
 from latentindigo.operators import Operator
@@ -122,6 +123,10 @@ class RestorationPipeline(DiffusionPipeline):
         degradation_encoder: F.
         pixel_inn: g in pixels; serves every latent diffusion model.
         latent_inn: g in the latent space of this autoencoder, or None.
+
+    Attributes:
+        init_model: Restorer that makes the stage-one estimate in the estimator's place, or None. It is no part of the
+            model: neither saved with it nor in its hash.
     """
 
     model_cpu_offload_seq = "degradation_encoder->estimator->vae->denoiser->pixel_inn->latent_inn"
@@ -148,6 +153,7 @@ class RestorationPipeline(DiffusionPipeline):
             latent_inn=latent_inn,
         )
         self.presets = load_presets(Path(os.devnull))
+        self.init_model: InitModel | None = None
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
             frozen: Any = network.eval().requires_grad_(False)
@@ -163,6 +169,7 @@ class RestorationPipeline(DiffusionPipeline):
         prior: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        init_model: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> RestorationPipeline:
         """Load a model.
@@ -175,6 +182,8 @@ class RestorationPipeline(DiffusionPipeline):
                 the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
                 predict and update networks compute in it.
             device: Where to put the networks, the CPU by default.
+            init_model: A .safetensors file of a classical restorer such as Real-ESRGAN, which takes the estimator's
+                place (see `latentindigo.init_models`); needs the extra `init-models`.
             **kwargs: Passed to diffusers.
 
         Returns:
@@ -184,6 +193,10 @@ class RestorationPipeline(DiffusionPipeline):
             ModelLoadError: If files are missing, broken or do not fit each other.
         """
         dtype = torch_dtype or torch.float32
+        try:
+            restorer = None if init_model is None else load_init_model(init_model, dtype)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelLoadError(f"init model {str(init_model)!r} could not be loaded: {error}") from error
         try:
             folder = model_folder(model)
             if not (folder / "model_index.json").is_file():
@@ -196,7 +209,7 @@ class RestorationPipeline(DiffusionPipeline):
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
-            pipe.presets = load_presets(folder)
+            pipe.presets, pipe.init_model = load_presets(folder), restorer
             for inn in (pipe.pixel_inn, pipe.latent_inn):
                 if inn is not None and dtype == torch.bfloat16:
                     inn.compute_in(dtype)
@@ -370,7 +383,7 @@ class RestorationPipeline(DiffusionPipeline):
             if overrides.get("method") is not None:
                 raise ValueError("this model has no latent INN; use method='pixel-inn', or train one")
             chosen = dataclasses.replace(chosen, method="pixel-inn")
-        if chosen.init == "estimator" and self.estimator is None:
+        if chosen.init == "estimator" and self.estimator is None and self.init_model is None:
             chosen = dataclasses.replace(chosen, init="encode")
         return chosen
 
@@ -417,7 +430,7 @@ class RestorationPipeline(DiffusionPipeline):
         settings, operator = run.preset, run.operator
         prior = self._build_prior().counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
-        tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
+        tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost(plan, settings))
         if tiling is not None:
             prior = prior.tiled(tiling)
         # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
@@ -430,7 +443,9 @@ class RestorationPipeline(DiffusionPipeline):
         gamma = gamma.to(self.pixel_inn.dtype)
         padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
         if operator is None:
-            begin = Start(self.estimator, self.pixel_inn, device)(padded, gamma, plan, settings, tiling)
+            begin = Start(self.estimator, self.pixel_inn, device, self.init_model)(
+                padded, gamma, plan, settings, tiling
+            )
         else:
             begin = pad_to(operator.initial(y), plan.padded_width, plan.padded_height).clamp(0, 1)
         start = prior.encode(begin)
@@ -463,16 +478,21 @@ class RestorationPipeline(DiffusionPipeline):
         x, detail = finish(z, start, begin, padded)
         return x[..., : plan.height, : plan.width].cpu(), detail[..., : plan.height, : plan.width].cpu()
 
-    def _cost(self) -> int:
+    def _cost(self, plan: Plan, settings: Preset) -> int:
         """Bytes of working memory for each pixel of a tile."""
-        return TILE_BYTES if isinstance(self.vae, PatchAutoencoder) else FOREIGN_TILE_BYTES
+        cost = TILE_BYTES if isinstance(self.vae, PatchAutoencoder) else FOREIGN_TILE_BYTES
+        if self.init_model is not None and settings.init == "estimator":
+            cost = max(cost, self.init_model.cost(plan.levels))
+        return cost
 
     def _spread(
         self, start: Tensor, gamma: Tensor, settings: Preset, operator: Operator | None, tiles: Tiles
     ) -> Tensor | None:
         """How far the latent of the stage-one estimate is likely to lie from the truth, None where nothing tells."""
         blind_estimate = operator is None and settings.init == "estimator" and self.estimator is not None
-        if not blind_estimate or self.latent_inn is None or not self.latent_inn.has_spread:
+        # It was learned for the errors of our estimator, and says nothing about another model's.
+        ours = blind_estimate and self.init_model is None
+        if not ours or self.latent_inn is None or not self.latent_inn.has_spread:
             return None
         fusion = tiles.fusion()
         for tile in tiles:
