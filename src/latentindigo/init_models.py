@@ -160,7 +160,8 @@ def load_init_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.flo
     if file.suffix.lower() != ".safetensors":
         raise ValueError(
             f"expected a .safetensors file, got {file.name!r}: pickled weights can run code when they are read; "
-            "convert them once: safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+            "convert them once: safetensors.torch.save_file(torch.load(old, weights_only=True), new); "
+            "docs/integrations.md has the details"
         )
     try:
         with safe_open(file, "pt"):

@@ -429,7 +429,7 @@ def _restore(
         callback_on_step_end=after_step,
     )
     model_hash = pipe.weights_hash()
-    metadata = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
+    metadata: dict[str, Any] = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
     # No part of the model, so its hash does not tell.
     init_model = getattr(pipe, "init_model", None)
     if init_model is not None:
