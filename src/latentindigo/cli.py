@@ -133,6 +133,14 @@ def restore(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    init_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Start from the estimate of another restorer, such as Real-ESRGAN: a .safetensors file.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     preset: Annotated[
         Literal["faithful", "default", "vivid"],
         typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=QUALITY),
@@ -336,6 +344,7 @@ def restore(
                 device=device,
                 compiled=compiled,
                 checkpointing=checkpointing,
+                init_model=init_model,
             ),
             overwrite=overwrite,
             as_json=as_json,

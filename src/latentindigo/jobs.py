@@ -234,6 +234,7 @@ def load_pipeline(
     device: str | None = None,
     compiled: bool = False,
     checkpointing: bool = False,
+    init_model: str | None = None,
 ) -> Restorer:
     """Load a model for use by this module.
 
@@ -246,6 +247,7 @@ def load_pipeline(
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
         compiled: Whether `torch.compile` compiles the networks.
         checkpointing: Whether gradients are computed with less memory in more time.
+        init_model: A .safetensors file of a classical restorer that makes the stage-one estimate, or None.
 
     Returns:
         The pipeline.
@@ -273,6 +275,7 @@ def load_pipeline(
         guidance_vae=guidance_vae,
         torch_dtype=torch_dtype,
         device=place,
+        init_model=init_model,
     )
     if checkpointing:
         pipe.enable_checkpointing()
@@ -443,7 +446,11 @@ def _restore(
         callback_on_step_end=after_step,
     )
     model_hash = pipe.weights_hash()
-    metadata = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
+    metadata: dict[str, Any] = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
+    # No part of the model, so its hash does not tell.
+    init_model = getattr(pipe, "init_model", None)
+    if init_model is not None:
+        metadata["init_model"] = {"name": init_model.name, "sha256": init_model.sha256}
     for folder in {path.parent for path in task.files}:
         folder.mkdir(parents=True, exist_ok=True)
     for index, target in enumerate(task.targets):

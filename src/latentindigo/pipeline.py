@@ -57,6 +57,7 @@ from latentindigo.guidance import (
     make_regulariser,
     trusted_target,
 )
+from latentindigo.init_models import InitModel, load_init_model
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.loading import load_autoencoder, load_prior
 from latentindigo.model_folder import model_folder
@@ -132,6 +133,8 @@ class RestorationPipeline(DiffusionPipeline):
     Attributes:
         conditioning: What a text-conditioned denoiser is told, None for the others; not saved with the model.
         text_folder: Folder with the text encoders that belong to the denoiser, None where there are none.
+        init_model: Restorer that makes the stage-one estimate in the estimator's place, or None. It is no part of the
+            model: neither saved with it nor in its hash.
     """
 
     model_cpu_offload_seq = "degradation_encoder->estimator->vae->denoiser->pixel_inn->latent_inn"
@@ -163,6 +166,7 @@ class RestorationPipeline(DiffusionPipeline):
         self.text_folder: Path | None = None
         self.presets = load_presets(Path(os.devnull))
         self._reach: tuple[tuple[int, int], float] | None = None
+        self.init_model: InitModel | None = None
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
             frozen: Any = network.eval().requires_grad_(False)
@@ -180,6 +184,7 @@ class RestorationPipeline(DiffusionPipeline):
         guidance_vae: str | os.PathLike[str] | ModelMixin | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        init_model: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> RestorationPipeline:
         """Load a model.
@@ -195,6 +200,8 @@ class RestorationPipeline(DiffusionPipeline):
                 the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
                 predict and update networks compute in it.
             device: Where to put the networks, the CPU by default.
+            init_model: A .safetensors file of a classical restorer such as Real-ESRGAN, which takes the estimator's
+                place (see `latentindigo.init_models`); needs the extra `init-models`.
             **kwargs: Passed to diffusers.
 
         Returns:
@@ -204,6 +211,10 @@ class RestorationPipeline(DiffusionPipeline):
             ModelLoadError: If files are missing, broken or do not fit each other.
         """
         dtype = torch_dtype or torch.float32
+        try:
+            restorer = None if init_model is None else load_init_model(init_model, dtype)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelLoadError(f"init model {str(init_model)!r} could not be loaded: {error}") from error
         try:
             folder = model_folder(model)
             if not (folder / "model_index.json").is_file():
@@ -225,7 +236,7 @@ class RestorationPipeline(DiffusionPipeline):
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
-            pipe.presets = load_presets(folder)
+            pipe.presets, pipe.init_model = load_presets(folder), restorer
             pipe.text_folder = None if found is None else found.text_folder
             for inn in (pipe.pixel_inn, pipe.latent_inn):
                 if inn is not None and dtype == torch.bfloat16:
@@ -428,7 +439,7 @@ class RestorationPipeline(DiffusionPipeline):
             if overrides.get("method") is not None:
                 raise ValueError("this model has no latent INN; use method='pixel-inn', or train one")
             chosen = dataclasses.replace(chosen, method="pixel-inn")
-        if chosen.init == "estimator" and self.estimator is None:
+        if chosen.init == "estimator" and self.estimator is None and self.init_model is None:
             chosen = dataclasses.replace(chosen, init="encode")
         return chosen
 
@@ -475,10 +486,11 @@ class RestorationPipeline(DiffusionPipeline):
         settings, operator = run.preset, run.operator
         prior = self._build_prior().counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
-        tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
+        cost = self._cost(plan, settings)
+        tiling = tiling_for(run.tile, plan.pixels, free_memory(device), cost)
         if tiling is not None:
             tiling = overlapping(tiling.tile, self._overlap(prior, tiling), prior.size_multiple)
-            prior = prior.tiled(tiling, self._tiles_at_once(tiling))
+            prior = prior.tiled(tiling, self._tiles_at_once(tiling, cost))
         # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
         tiles = latent_tiles(prior, plan, tiling if operator is None else None)
         y = y if len(tiles) > 1 else y.to(device)
@@ -489,7 +501,9 @@ class RestorationPipeline(DiffusionPipeline):
         gamma = gamma.to(self.pixel_inn.dtype)
         padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
         if operator is None:
-            begin = Start(self.estimator, self.pixel_inn, device)(padded, gamma, plan, settings, tiling)
+            begin = Start(self.estimator, self.pixel_inn, device, self.init_model)(
+                padded, gamma, plan, settings, tiling
+            )
         else:
             begin = pad_to(operator.initial(y), plan.padded_width, plan.padded_height).clamp(0, 1)
         start = prior.encode(begin)
@@ -547,25 +561,30 @@ class RestorationPipeline(DiffusionPipeline):
             self._reach = networks, _measured_reach(prior)
         return max(tiling.overlap, min(LARGEST_OVERLAP, self._reach[1]))
 
-    def _tiles_at_once(self, tiling: TilingConfig) -> int:
+    def _tiles_at_once(self, tiling: TilingConfig, cost: int) -> int:
         """Tiles in one pass of a network: one on a CPU, which is busy with it; as many as fit on an accelerator."""
         device = self.denoiser.device
         if device.type == "cpu":
             return 1
         free = free_memory(device)
-        fitting = 0.25 * free / (self._cost() * tiling.tile**2) if math.isfinite(free) else 1
+        fitting = 0.25 * free / (cost * tiling.tile**2) if math.isfinite(free) else 1
         return max(1, min(MOST_TILES_AT_ONCE, int(fitting)))
 
-    def _cost(self) -> int:
+    def _cost(self, plan: Plan, settings: Preset) -> int:
         """Bytes of working memory for each pixel of a tile."""
-        return TILE_BYTES if isinstance(self.vae, PatchAutoencoder) else FOREIGN_TILE_BYTES
+        cost = TILE_BYTES if isinstance(self.vae, PatchAutoencoder) else FOREIGN_TILE_BYTES
+        if self.init_model is not None and settings.init == "estimator":
+            cost = max(cost, self.init_model.cost(plan.levels))
+        return cost
 
     def _spread(
         self, start: Tensor, gamma: Tensor, settings: Preset, operator: Operator | None, tiles: Tiles
     ) -> Tensor | None:
         """How far the latent of the stage-one estimate is likely to lie from the truth, None where nothing tells."""
         blind_estimate = operator is None and settings.init == "estimator" and self.estimator is not None
-        if not blind_estimate or self.latent_inn is None or not self.latent_inn.has_spread:
+        # It was learned for the errors of our estimator, and says nothing about another model's.
+        ours = blind_estimate and self.init_model is None
+        if not ours or self.latent_inn is None or not self.latent_inn.has_spread:
             return None
         fusion = tiles.fusion()
         for tile in tiles:

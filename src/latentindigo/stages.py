@@ -8,6 +8,7 @@ as large as the canvas is held in more than half precision, or on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from latentindigo.canvas import Plan
 from latentindigo.color import wavelet_color_fix
+from latentindigo.init_models import InitModel
 from latentindigo.inn import Estimator, InvertibleNet
 from latentindigo.presets import Preset
 from latentindigo.prior import LatentPrior, in_full_precision
@@ -49,11 +51,13 @@ class Start:
         estimator: Stage-one estimate, for init = "estimator".
         pixel_inn: g in pixels, for init = "inverse".
         device: Where tiles are computed.
+        init_model: Takes the estimator's place.
     """
 
     estimator: Estimator | None
     pixel_inn: InvertibleNet
     device: torch.device
+    init_model: InitModel | None = None
 
     def __call__(
         self,
@@ -78,18 +82,30 @@ class Start:
         levels = plan.levels
         if tiling is None:
             return self._part(y.to(self.device), gamma, levels, settings)
-        # The estimator's cells of four pixels must not be cut.
-        narrow = TilingConfig(tiling.tile >> levels, min(START_OVERLAP, tiling.overlap) >> levels)
-        cells = Tiles(y.shape[-2:], narrow, max(1, 4 >> min(levels, 2)))
+        cells = self._cells(y, levels, settings, tiling)
         fusion = cells.fusion(2**levels, dtype=STORED, device=y.device)
         for tile in cells:
             fusion.add(tile, self._part(tile.cut(y).to(self.device), gamma, levels, settings))
         return fusion.result()
 
+    def _cells(self, y: Tensor, levels: int, settings: Preset, tiling: TilingConfig) -> Tiles:
+        """The tiles of y."""
+        coarse = TilingConfig(tiling.tile >> levels, tiling.overlap >> levels)
+        if settings.init == "estimator" and self.init_model is not None:
+            # On the model's own grid as far as the sides allow. A foreign network may look far and pads as it likes:
+            # what lies near a tile's border is not taken at all.
+            multiple = math.gcd(self.init_model.multiple, coarse.overlap, *y.shape[-2:])
+            return Tiles(y.shape[-2:], coarse, multiple, reach=coarse.overlap // 2)
+        # The estimator's cells of four pixels must not be cut.
+        narrow = TilingConfig(coarse.tile, min(START_OVERLAP >> levels, coarse.overlap))
+        return Tiles(y.shape[-2:], narrow, max(1, 4 >> min(levels, 2)))
+
     def _part(self, y: Tensor, gamma: Tensor, levels: int, settings: Preset) -> Tensor:
         size = (y.shape[-2] * 2**levels, y.shape[-1] * 2**levels)
         x = y
-        if settings.init == "estimator" and self.estimator is not None:
+        if settings.init == "estimator" and self.init_model is not None:
+            x = self.init_model(y)
+        elif settings.init == "estimator" and self.estimator is not None:
 
             def estimate(network: Estimator) -> Tensor:
                 return network.self_ensemble(y, gamma.to(network.dtype), min(levels, 2), settings.ensemble)
