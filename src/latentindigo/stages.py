@@ -29,7 +29,7 @@ from latentindigo.tiling import Tiles, TilingConfig
 
 __all__ = ["STORED", "Finish", "Start", "latent_tiles"]
 
-START_OVERLAP = 32  # Pixels of the canvas; the estimator looks 26 far and takes a quarter of all time.
+START_OVERLAP = 64  # Pixels of the canvas; the estimator looks 26 far and takes a quarter of all time.
 STORED = torch.float16  # What a canvas is kept in when it is tiled; its steps near 1 are an eighth of an 8-bit level.
 
 
