@@ -204,6 +204,14 @@ def restore(
             help="Numbers the networks compute with.", show_default="bfloat16 where it is fast", rich_help_panel=SPEED
         ),
     ] = None,
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        typer.Option(
+            help="Keep networks (model) or their layers (sequential) on the CPU until the accelerator needs them: less "
+            "of its memory, more time.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "none",
     threads: ThreadsOption = None,
     out: Annotated[
         Path,
@@ -295,7 +303,7 @@ def restore(
             console,
             tasks,
             settings,
-            lambda: jobs.load_pipeline(model, prior=prior, dtype=dtype, device=device),
+            lambda: jobs.load_pipeline(model, prior=prior, dtype=dtype, device=device, offload=offload),
             overwrite=overwrite,
             as_json=as_json,
         )

@@ -42,7 +42,7 @@ def model_folder(name: str | os.PathLike[str], **download: Any) -> Path:
         return Path(snapshot_download(text, allow_patterns=_FILES, **download))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"model {text!r} is no folder, and the hub could not provide it ({_reason(error)}); "
+            f"model {text!r} is no folder, and neither the cache nor the hub could provide it ({_reason(error)}); "
             "download it to a folder and give that folder"
         ) from error
 
@@ -84,8 +84,8 @@ def upload_folder(
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConnectionError(
-            f"the model could not be uploaded to {repo_id!r} ({_reason(error)}); save_pretrained writes it to a folder, "
-            "which 'hf upload' takes later"
+            f"the model could not be uploaded to {repo_id!r} ({_reason(error)}); save it to a folder with "
+            "save_pretrained, which 'hf upload' takes later"
         ) from error
 
 
@@ -95,7 +95,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and the cache does not hold it"
+        return "HF_HUB_OFFLINE is set"
     if isinstance(error, HFValidationError):
         return "the hub has no such names"
     if isinstance(error, GatedRepoError):

@@ -7,7 +7,7 @@ have no values at all (sequential offload), so nothing may be concluded from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -88,8 +88,8 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     state = network.state_dict()
     for prefix, module in network.named_modules():
         for hook in _hooks_of(module):
-            kept = getattr(hook, "weights_map", None)
-            for name in (*module._parameters, *module._buffers) if kept is not None else ():
+            kept: Mapping[str, Tensor] = getattr(hook, "weights_map", None) or {}
+            for name in (*module._parameters, *module._buffers) if kept else ():
                 key = f"{prefix}.{name}" if prefix else name
                 if key in state and state[key].is_meta:
                     state[key] = kept[name]

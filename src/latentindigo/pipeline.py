@@ -215,6 +215,21 @@ class RestorationPipeline(DiffusionPipeline):
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
         return pipe if device is None else pipe.to(device)
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> RestorationPipeline:
+        """A pipeline that shares the networks and presets of another; nothing is loaded or copied.
+
+        Args:
+            pipeline: A `RestorationPipeline`.
+            **kwargs: Parts in place of its own, by name.
+
+        Returns:
+            The new pipeline.
+        """
+        made = cls(**{**pipeline.components, **kwargs})
+        made.presets = dict(pipeline.presets)
+        return made
+
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (its flags pass through **kwargs)
         self,
         save_directory: str | os.PathLike[str],
@@ -337,7 +352,9 @@ class RestorationPipeline(DiffusionPipeline):
         sliced = [network for network in self._networks().values() if hasattr(network, "set_attention_slice")]
         attends = any(hasattr(part, "set_processor") for network in sliced for part in network.modules())
         if slice_size is not None and not attends:
-            warnings.warn("no network of this model has attention to slice; call with tile=512 to save memory", stacklevel=2)
+            warnings.warn(
+                "no network of this model has attention to slice; call with tile=512 to save memory", stacklevel=2
+            )
             return
         self.set_attention_slice(slice_size)  # pyright: ignore[reportArgumentType]  (its hint is narrower than it is)
 
@@ -481,7 +498,10 @@ class RestorationPipeline(DiffusionPipeline):
             calls={"total": dataclasses.asdict(calls), "loop": dataclasses.asdict(loop_calls)},
         )
         # Not `to_tuple`, which leaves out what is None and moves the rest.
-        return output if return_dict else tuple(getattr(output, f.name) for f in dataclasses.fields(output))
+        if not return_dict:
+            plain: Any = tuple(getattr(output, field.name) for field in dataclasses.fields(output))
+            return plain
+        return output
 
     def _resolve(self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any) -> Preset:
         """The preset with everything that overrides it."""
@@ -581,7 +601,8 @@ class RestorationPipeline(DiffusionPipeline):
         regulariser = make_regulariser(settings.guidance, prior)
         spread = self._spread(start, gamma, settings, operator, tiles)
         seeded = draw_around(start, spread, settings.spread, generators)
-        with self.progress_bar(total=settings.steps) as bar:
+        progress: Any = self.progress_bar  # Its parameters have no hints, so that one of them seems to be required.
+        with progress(total=settings.steps) as bar:
             z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))

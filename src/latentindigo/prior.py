@@ -547,7 +547,9 @@ def _latent_grid(vae: Any) -> tuple[int, int]:
         return int(factor), int(channels)
     with torch.no_grad():
         size = 64
-        latent = _latent_from(vae.encode(torch.zeros(1, 3, size, size, dtype=_dtype_of(vae), device=execution_device(vae))))
+        latent = _latent_from(
+            vae.encode(torch.zeros(1, 3, size, size, dtype=_dtype_of(vae), device=execution_device(vae)))
+        )
     return size // latent.shape[-1], latent.shape[1]
 
 
