@@ -72,6 +72,10 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16},
         **{"sample_size": 32, "pos_embed_max_size": 32},
     },
+    "FluxTransformer2DModel": {
+        **{"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16},
+        **{"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": [4, 6, 6]},
+    },
     "AutoencoderKL": {"block_out_channels": [16] * 4, "layers_per_block": 1, "norm_num_groups": 8},
     "AutoencoderTiny": {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4},
 }

@@ -604,6 +604,9 @@ class RestorationPipeline(DiffusionPipeline):
         progress: Any = self.progress_bar  # Its parameters have no hints, so that one of them seems to be required.
         with progress(total=settings.steps) as bar:
             z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
+        for hook in getattr(self, "_all_hooks", ()):  # Of model offload: decoding needs the denoiser's place.
+            if hook.model is self.denoiser:
+                hook.offload()
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
 

@@ -275,6 +275,22 @@ def test_the_denoiser_stays_between_the_steps() -> None:
     assert order[-2:] == ["vae", "denoiser"]
 
 
+def test_the_denoiser_makes_room_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.tiny_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    events: list[str] = []
+    offload_hook, decode = UserCpuOffloadHook.offload, pipe.vae.decode
+    monkeypatch.setattr(
+        UserCpuOffloadHook,
+        "offload",
+        lambda hook: (events.append("away" if hook.model is pipe.denoiser else ""), offload_hook(hook))[1],
+    )
+    monkeypatch.setattr(pipe.vae, "decode", lambda *args: (events.append("decode"), decode(*args))[1])
+    pipe(picture(), callback_on_step_end=lambda *_: events.append("step"), method="latent-inn", **FAST)
+    told = [event for event in events if event]
+    assert told[:4] == ["step", "step", "away", "decode"]
+
+
 def test_hooks_are_set_anew_after_a_call_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.tiny_pipeline()
     pipe.enable_model_cpu_offload(device="cpu")
