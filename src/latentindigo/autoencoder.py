@@ -30,6 +30,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentindigo.offloading import entry
+
 __all__ = ["AutoencoderOutput", "PatchAutoencoder", "fit_patch_basis"]
 
 
@@ -170,6 +172,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             # A transposed convolution has one bias per colour, so the mean patch enters as its mean colour.
             self.decode_base.bias.copy_(mean.reshape(3, -1).mean(1))
 
+    @entry
     def encode(self, x: Float[Tensor, "b 3 h w"], return_dict: bool = True) -> AutoencoderOutput | tuple[Tensor]:
         """Encode an image: z = E(x).
 
@@ -188,6 +191,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         z = self.encode_base(x) + self.encode_residual(x)
         return AutoencoderOutput(latents=z) if return_dict else (z,)
 
+    @entry
     def decode(
         self, z: Float[Tensor, "b c h w"], return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:

@@ -244,6 +244,14 @@ def restore(
             rich_help_panel=SPEED,
         ),
     ] = False,
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        typer.Option(
+            help="Keep networks (model) or their layers (sequential) on the CPU until the accelerator needs them: less "
+            "of its memory, more time.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "none",
     threads: ThreadsOption = None,
     out: Annotated[
         Path,
@@ -344,6 +352,7 @@ def restore(
                 device=device,
                 compiled=compiled,
                 checkpointing=checkpointing,
+                offload=offload,
                 init_model=init_model,
             ),
             overwrite=overwrite,
@@ -539,12 +548,23 @@ app.command(
 )(benchmark)
 
 
-@app.command(epilog=examples("latentindigo info", "latentindigo info --json --model my-model/"))
+@app.command(
+    epilog=examples("latentindigo info", "latentindigo info --memory", "latentindigo info --json --model my-model/")
+)
 def info(
     model: ModelOption = "embedded",
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Only print which priors fit into 4, 8, 12 and 24 GB, and how.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Print the version, the model and its hashes, devices, dtypes and optional parts."""
+    if memory:
+        _print_memory(as_json)
+        return
     console = stderr_console()
     with short_warnings(console), exit_codes(console):
         from latentindigo import jobs
@@ -557,6 +577,18 @@ def info(
         _print_facts(facts)
     if facts["model"]["error"] is not None:
         raise fail(console, facts["model"]["error"], ExitCode.MODEL)
+
+
+def _print_memory(as_json: bool) -> None:
+    from latentindigo.memory import PriorSizes, what_fits
+
+    rows = what_fits(PriorSizes.load())
+    if as_json:
+        typer.echo(json.dumps({"memory": rows}, indent=1))
+        return
+    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
+        prior, method, *cells = line.values()
+        typer.echo(f"{prior:24}{method:33}{''.join(f'{cell:19}' for cell in cells)}".rstrip())
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

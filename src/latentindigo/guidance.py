@@ -17,7 +17,6 @@ give the same update per pixel at any size, alone or in a batch; at 512² it is 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentindigo.inn import InvertibleNet
+from latentindigo.offloading import private_copy
 from latentindigo.prior import LatentPrior
 
 __all__ = [
@@ -227,7 +227,7 @@ def _plus(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 
 def _trainable_copy(inn: InvertibleNet) -> InvertibleNet:
-    private = copy.deepcopy(inn)
+    private = private_copy(inn)
     if inn.dtype in (torch.float16, torch.bfloat16):
         private.float()
     return private.requires_grad_(True)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from latentindigo.lifting import (
     lift,
     unlift,
 )
+from latentindigo.offloading import entry, execution_device
 from latentindigo.traces import TRACES, traces
 
 __all__ = ["VIEWS", "DegradationEncoder", "DegradationEstimate", "Estimator", "InvertibleNet"]
@@ -112,7 +112,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """
         return self._lifted(x, gamma, levels, None)
 
-    @apply_forward_hook
+    @entry
     def split(
         self, x: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"], levels: int = 2
     ) -> tuple[Float[Tensor, "b c hc wc"], tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -144,6 +144,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         x_c, x_d = lift(centred, self._steps(), gamma, levels, haar, self.band_mix, self.coarse_gain, updates)
         return (x_c + offset if offset else x_c), x_d
 
+    @entry
     def inverse(
         self,
         x_c: Float[Tensor, "b c hc wc"],
@@ -197,6 +198,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """Whether :meth:`spread` can be called."""
         return self.detail_spread is not None
 
+    @entry
     def spread(self, z: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"]) -> Float[Tensor, "b c h w"]:
         """Tell how far the latent of a stage-one estimate lies from that of the clean image *(ours)*.
 
@@ -304,7 +306,7 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         height, width = y.shape[-2:]
         dtype = self.head.weight.dtype
         y = _pad_to(y, max(height, _SMALLEST_ENCODER_INPUT), max(width, _SMALLEST_ENCODER_INPUT))
-        device = self.device
+        device = execution_device(self)
         statistics = [traces(y).to(device)]
         pools = [_Pool() for _ in self.stages]
         strips = _strips(*y.shape[-2:])
@@ -324,6 +326,7 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
             statistics += pool.statistics()
         return self.mlp(torch.cat(statistics, dim=1).to(dtype))
 
+    @entry
     def estimate(self, gamma: Float[Tensor, "b d"]) -> DegradationEstimate:
         """Read the strength of blur, noise and compression off an embedding.
 
@@ -457,6 +460,7 @@ class Estimator(ModelMixin, ConfigMixin):
         residual = F.pixel_shuffle(F.conv_transpose2d(0.25 * coefficients, basis), 4)
         return base + residual[..., : size[0], : size[1]].to(base.dtype)
 
+    @entry
     def self_ensemble(
         self, y: Float[Tensor, "b c h w"], gamma: Float[Tensor, "#b d"], levels: int = 2, views: int = VIEWS
     ) -> Float[Tensor, "b 3 hx wx"]:

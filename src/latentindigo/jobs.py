@@ -28,6 +28,7 @@ from latentindigo.quick_import import import_diffusers
 
 __all__ = [
     "MAP_GAIN",
+    "OFFLOADS",
     "Outcome",
     "Restoration",
     "RestoreSettings",
@@ -43,6 +44,8 @@ __all__ = [
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
 # that two maps can be compared. They are written with 16 bits, so dividing by it gives the values back.
 MAP_GAIN = 4.0
+
+OFFLOADS = ("none", "model", "sequential")
 
 # As in presets.py and guidance.py, whose import costs seconds; a test compares them.
 _PRESETS = ("faithful", "default", "vivid")
@@ -232,6 +235,7 @@ def load_pipeline(
     guidance_vae: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    offload: str = "none",
     compiled: bool = False,
     checkpointing: bool = False,
     init_model: str | None = None,
@@ -245,6 +249,7 @@ def load_pipeline(
         guidance_vae: Cheap autoencoder for guidance in pixels, or None.
         dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
+        offload: What stays on the CPU until it is called: "none", "model" (networks) or "sequential" (their layers).
         compiled: Whether `torch.compile` compiles the networks.
         checkpointing: Whether gradients are computed with less memory in more time.
         init_model: A .safetensors file of a classical restorer that makes the stage-one estimate, or None.
@@ -253,7 +258,7 @@ def load_pipeline(
         The pipeline.
 
     Raises:
-        ValueError: The device is unknown or absent.
+        ValueError: The device is unknown or absent, or offloading was asked for without an accelerator.
         ModelLoadError: The model cannot be loaded (defined in `latentindigo.pipeline`).
     """
     # Imported here: planning and dry runs must not pay for diffusers.
@@ -267,18 +272,31 @@ def load_pipeline(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if offload != "none" and torch.device(place).type == "cpu":
+        raise ValueError(
+            f"offload: {offload!r} keeps weights on the CPU until an accelerator needs them, and the device is 'cpu'; "
+            "leave it out, or name an accelerator"
+        )
     torch_dtype = fast_dtype(torch.device(place)) if dtype is None else getattr(torch, dtype)
+    # Offloaded weights go to the device when they are needed, and not before.
+    resident = place if offload == "none" else "cpu"
     pipe = RestorationPipeline.from_pretrained(
         model,
         prior=prior,
         prior_config=prior_config,
         guidance_vae=guidance_vae,
         torch_dtype=torch_dtype,
-        device=place,
+        device=resident,
         init_model=init_model,
     )
     if checkpointing:
         pipe.enable_checkpointing()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=place)
     return pipe.compile_networks() if compiled else pipe
 
 

@@ -21,8 +21,9 @@ classical lifting scheme, here a function of gamma).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ __all__ = [
 
 
 Padding = Literal["replicate", "zeros"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 # --------------------------------------------------------------------------------------------------------- splits
@@ -414,6 +416,23 @@ class LiftingStep(nn.Module):
         return c, d
 
 
+def _with_weights(method: Method) -> Method:
+    """Let a method of a module that holds weights itself bring them and put them away, as offloading does for forward.
+
+    Offloading by layers wraps `forward` alone; the weights have no values outside of it.
+    """
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *inputs: Any) -> Any:
+        hook: Any = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *inputs)
+        inputs, _ = hook.pre_forward(self, *inputs)
+        return hook.post_forward(self, method(self, *inputs))
+
+    return cast("Method", call)
+
+
 class BandMix(nn.Module):
     """A learned invertible linear map of the 4C bands at each position, ``[c, d] <- M [c, d]`` *(ours)*.
 
@@ -448,6 +467,7 @@ class BandMix(nn.Module):
         """
         return self._multiply(self.matrix, c, d)
 
+    @_with_weights
     def inverse(
         self, c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:

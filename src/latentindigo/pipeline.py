@@ -12,12 +12,13 @@ import dataclasses
 import hashlib
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -60,7 +61,9 @@ from latentindigo.guidance import (
 from latentindigo.init_models import InitModel, load_init_model
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.loading import load_autoencoder, load_prior
-from latentindigo.model_folder import model_folder
+from latentindigo.model_card import CardFacts, write_model_card
+from latentindigo.model_folder import model_folder, upload_folder
+from latentindigo.offloading import weights_of
 from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
@@ -79,6 +82,7 @@ TILE_BYTES = 600
 FOREIGN_TILE_BYTES = 10_000  # Stable Diffusion's autoencoder in float32, which is the hungriest part.
 LARGEST_OVERLAP = 256  # Of tiles, in pixels, however far a network looks: the ramp hides what is left.
 MOST_TILES_AT_ONCE = 8
+_EXACT = ("degradation_encoder", "pixel_inn", "latent_inn")  # gamma steers everything, and the INNs' sums are undone.
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
@@ -105,6 +109,12 @@ class RestorationOutput(BaseOutput):
     uncertainty: list[Tensor] | None
     settings: dict[str, Any]
     calls: dict[str, dict[str, int]]
+
+
+if TYPE_CHECKING:
+    _Result = RestorationOutput  # To a type checker the usual case, or every caller would have to tell the two apart.
+else:
+    _Result = RestorationOutput | tuple
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,9 @@ class RestorationPipeline(DiffusionPipeline):
             model: neither saved with it nor in its hash.
     """
 
-    model_cpu_offload_seq = "degradation_encoder->estimator->vae->denoiser->pixel_inn->latent_inn"
+    # A network that is called sends the one before it back to the CPU. The INNs and the autoencoder are called between
+    # two steps: the denoiser comes last, so that it stays where it is, and so do weights that a gradient still needs.
+    model_cpu_offload_seq = "degradation_encoder->estimator->pixel_inn->latent_inn->guidance_vae->vae->denoiser"
     _optional_components = ["latent_inn", "estimator", "guidance_vae"]  # noqa: RUF012 (the attribute that diffusers reads)
 
     def __init__(
@@ -167,6 +179,7 @@ class RestorationPipeline(DiffusionPipeline):
         self.presets = load_presets(Path(os.devnull))
         self._reach: tuple[tuple[int, int], float] | None = None
         self.init_model: InitModel | None = None
+        self.set_progress_bar_config(disable=True)
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
             frozen: Any = network.eval().requires_grad_(False)
@@ -202,7 +215,7 @@ class RestorationPipeline(DiffusionPipeline):
             device: Where to put the networks, the CPU by default.
             init_model: A .safetensors file of a classical restorer such as Real-ESRGAN, which takes the estimator's
                 place (see `latentindigo.init_models`); needs the extra `init-models`.
-            **kwargs: Passed to diffusers.
+            **kwargs: `revision`, `token` and `cache_dir` say which files of the hub; the rest is passed to diffusers.
 
         Returns:
             The pipeline, ready to be called.
@@ -211,12 +224,13 @@ class RestorationPipeline(DiffusionPipeline):
             ModelLoadError: If files are missing, broken or do not fit each other.
         """
         dtype = torch_dtype or torch.float32
+        download = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
         try:
             restorer = None if init_model is None else load_init_model(init_model, dtype)
         except (OSError, ValueError, ImportError) as error:
             raise ModelLoadError(f"init model {str(init_model)!r} could not be loaded: {error}") from error
         try:
-            folder = model_folder(model)
+            folder = model_folder(model, **download)
             if not (folder / "model_index.json").is_file():
                 raise FileNotFoundError(f"{folder.name!r} holds no model_index.json; give the folder of a saved model")
             parts: dict[str, Any] = {}
@@ -232,31 +246,158 @@ class RestorationPipeline(DiffusionPipeline):
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
                     parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
-                # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
-                exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
-                dtypes = {"default": dtype, **exact}
+                dtypes = {"default": dtype, **dict.fromkeys(_EXACT, torch.float32)}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
             pipe.presets, pipe.init_model = load_presets(folder), restorer
             pipe.text_folder = None if found is None else found.text_folder
-            for inn in (pipe.pixel_inn, pipe.latent_inn):
-                if inn is not None and dtype == torch.bfloat16:
-                    inn.compute_in(dtype)
+            pipe._let_inns_compute_in(dtype)
             pipe._build_prior()
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
         return pipe if device is None else pipe.to(device)
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> RestorationPipeline:
+        """A pipeline that shares the networks and presets of another; nothing is loaded or copied.
+
+        Args:
+            pipeline: A `RestorationPipeline`.
+            **kwargs: Parts in place of its own, by name.
+
+        Returns:
+            The new pipeline.
+        """
+        made = cls(**{**pipeline.components, **kwargs})
+        made.presets = dict(pipeline.presets)
+        return made
+
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (its flags pass through **kwargs)
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        card: CardFacts | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Save all parts, safetensors in shards of at most 15 MB, and the presets.
+        """Save all parts, safetensors in shards of at most 15 MB, the presets, and a model card.
 
         Args:
             save_directory: Folder, made if missing.
+            card: What the card says beside the facts of the networks. With None a card that lies there is kept.
+            push_to_hub: Upload the folder to the hub as well, see `push_to_hub` for what follows.
+            repo_id: Its name there, by default the folder's.
+            commit_message: Title of the upload.
+            private: Whether only you see it; None = as your account is set.
+            token: Access token; None = the one that `hf auth login` stored.
+            create_pr: Propose the files instead of putting them there.
             **kwargs: Passed to diffusers.
+
+        Raises:
+            ValueError: Asked for pickled weights, or weights that sequential offload holds.
+            ConnectionError: If the hub cannot be reached or refuses.
         """
-        super().save_pretrained(save_directory, **{"max_shard_size": "15MB", **kwargs})
-        save_presets(self.presets, Path(save_directory))
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("weights are saved as safetensors only, got safe_serialization=False; leave it out")
+        if any(parameter.is_meta for network in self._networks().values() for parameter in network.parameters()):
+            raise ValueError("sequential offload holds the weights; call remove_all_hooks() on the pipeline, then save")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **{"max_shard_size": "15MB", **kwargs})
+        save_presets(self.presets, folder)
+        if card is not None or not (folder / "README.md").exists():
+            write_model_card(folder, self._networks(), self.weights_hash(), card or CardFacts())
+        if push_to_hub:
+            name = repo_id or folder.resolve().name
+            upload_folder(folder, name, message=commit_message, private=private, token=token, create_pr=create_pr)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  (diffusers' card asks the hub and a template)
+        self, repo_id: str, *, card: CardFacts | None = None, **kwargs: Any
+    ) -> None:
+        """Save to a temporary folder and upload it, with its model card: `from_pretrained(repo_id)` then loads it.
+
+        Args:
+            repo_id: Name on the hub, "user/repo"; made if missing.
+            card: What the card says beside the facts of the networks.
+            **kwargs: `commit_message`, `private`, `token` and `create_pr` as `save_pretrained` has them.
+
+        Raises:
+            ConnectionError: If the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> RestorationPipeline:
+        """Move to a device, change the dtype, or both; as in `from_pretrained`, what must be exact stays float32.
+
+        Args:
+            *args: A device, a dtype, or both.
+            **kwargs: Passed to diffusers.
+
+        Returns:
+            Itself.
+        """
+        given = (*args, kwargs.get("dtype"), kwargs.get("torch_dtype"))
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        if dtype is None or dtype not in (torch.float16, torch.bfloat16):
+            super().to(*args, **kwargs)
+        else:
+            named = {name: value for name, value in kwargs.items() if value is not dtype}
+            super().to(*(value for value in args if value is not dtype), **named)
+            for name, network in self._networks().items():
+                if name not in _EXACT:
+                    network.to(dtype=dtype)
+        if dtype is not None:
+            self._let_inns_compute_in(dtype)
+        return self
+
+    def _let_inns_compute_in(self, dtype: torch.dtype) -> None:
+        for inn in (self.pixel_inn, self.latent_inn):
+            if inn is not None:
+                inn.compute_in(dtype if dtype == torch.bfloat16 else inn.dtype)
+
+    # --------------------------------------------------------------------------------------------------------- memory
+
+    def enable_vae_tiling(self) -> None:
+        """Let the autoencoder work tile by tile, where it can by itself; the argument `tile` of a call always can."""
+        self._switch_vae("enable_tiling")
+
+    def disable_vae_tiling(self) -> None:
+        """Undo `enable_vae_tiling`."""
+        self._switch_vae("disable_tiling")
+
+    def enable_vae_slicing(self) -> None:
+        """Let the autoencoder work image by image in a batch, where it can."""
+        self._switch_vae("enable_slicing")
+
+    def disable_vae_slicing(self) -> None:
+        """Undo `enable_vae_slicing`."""
+        self._switch_vae("disable_slicing")
+
+    def _switch_vae(self, name: str) -> None:
+        if hasattr(self.vae, name):
+            getattr(self.vae, name)()
+        elif name.startswith("enable"):
+            kind = type(self.vae).__name__
+            warnings.warn(f"{kind} has no {name}; call with tile=512 to save memory instead", stacklevel=3)
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Compute attention in slices, for less memory and more time; see diffusers.
+
+        Args:
+            slice_size: "auto" (two slices), "max", a number of heads, or None to undo it.
+        """
+        sliced = [network for network in self._networks().values() if hasattr(network, "set_attention_slice")]
+        attends = any(hasattr(part, "set_processor") for network in sliced for part in network.modules())
+        if slice_size is not None and not attends:
+            warnings.warn(
+                "no network of this model has attention to slice; call with tile=512 to save memory", stacklevel=2
+            )
+            return
+        self.set_attention_slice(slice_size)  # pyright: ignore[reportArgumentType]  (its hint is narrower than it is)
 
     @property
     def prior(self) -> LatentPrior:
@@ -301,7 +442,7 @@ class RestorationPipeline(DiffusionPipeline):
         """SHA-256 over names and values of all weights, as hexadecimal text; any change of a weight changes it."""
         digest = hashlib.sha256()
         for name, network in sorted(self._networks().items()):
-            for key, value in sorted(network.state_dict().items()):
+            for key, value in sorted(weights_of(network).items()):
                 digest.update(f"{name}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
                 # In the order of its indices, however it lies in memory.
                 plain = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
@@ -339,7 +480,8 @@ class RestorationPipeline(DiffusionPipeline):
         coarse: float | None = None,
         same_size: float | None = None,
         ensemble: int | None = None,
-    ) -> RestorationOutput:
+        return_dict: bool = True,
+    ) -> _Result:
         """Restore one image, a batch, or a list of images of any sizes.
 
         Args:
@@ -372,6 +514,7 @@ class RestorationPipeline(DiffusionPipeline):
             coarse: Share of what it changed where the input itself shows the image that is kept, 0..1.
             same_size: Factor on `texture` where the output is about as large as the input, 0..1.
             ensemble: Views of y (flipped, transposed) over which the stage-one estimate is averaged, 1..8.
+            return_dict: False gives a plain tuple of the output's five fields, in their order.
 
         Returns:
             Images, maps of invented detail, uncertainty, and the settings used.
@@ -396,12 +539,16 @@ class RestorationPipeline(DiffusionPipeline):
         maps: list[Tensor] = [torch.empty(0)] * len(jobs)
         calls, loop_calls = Calls(), Calls()
         # An operator's pseudo-inverse is damped by one noise level, so its images go one by one.
-        for group in group_by_size(jobs, images, scale, size) if operator is None else [[n] for n in range(len(jobs))]:
-            batch = torch.stack([images[jobs[n][0]] for n in group])
-            target = output_size(batch.shape[-1], batch.shape[-2], scale, size, crop)
-            outputs = self._restore(batch, target, [jobs[n][1] for n in group], run, calls, loop_calls)
-            for n, x, detail in zip(group, *outputs, strict=True):
-                restored[n], maps[n] = (centre_crop(t, size) if crop and size else t for t in (x, detail))
+        groups = group_by_size(jobs, images, scale, size) if operator is None else [[n] for n in range(len(jobs))]
+        try:
+            for group in groups:
+                batch = torch.stack([images[jobs[n][0]] for n in group])
+                target = output_size(batch.shape[-1], batch.shape[-2], scale, size, crop)
+                outputs = self._restore(batch, target, [jobs[n][1] for n in group], run, calls, loop_calls)
+                for n, x, detail in zip(group, *outputs, strict=True):
+                    restored[n], maps[n] = (centre_crop(t, size) if crop and size else t for t in (x, detail))
+        finally:
+            self.maybe_free_model_hooks()  # Offloaded networks go back to the CPU, the last one and after errors too.
         uncertainty = None
         if num_samples > 1:
             samples = [torch.stack(restored[k : k + num_samples]) for k in range(0, len(jobs), num_samples)]
@@ -412,13 +559,18 @@ class RestorationPipeline(DiffusionPipeline):
             "tile": tile, **dataclasses.asdict(chosen),
         }  # fmt: skip
         grey = [is_grey[k] for k, _ in jobs]
-        return RestorationOutput(
+        output = RestorationOutput(
             images=[from_tensor(x, output_type, g) for x, g in zip(restored, grey, strict=True)],
             detail_maps=maps,
             uncertainty=uncertainty,
             settings=settings,
             calls={"total": dataclasses.asdict(calls), "loop": dataclasses.asdict(loop_calls)},
         )
+        # Not `to_tuple`, which leaves out what is None and moves the rest.
+        if not return_dict:
+            plain: Any = tuple(getattr(output, field.name) for field in dataclasses.fields(output))
+            return plain
+        return output
 
     def _resolve(self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any) -> Preset:
         """The preset with everything that overrides it."""
@@ -482,7 +634,7 @@ class RestorationPipeline(DiffusionPipeline):
         self, y: Tensor, target: tuple[int, int], seeds: Sequence[int], run: _Run, calls: Calls, loop_calls: Calls
     ) -> tuple[Tensor, Tensor]:
         """One pass: a batch (B, 3, h, w) to images (B, 3, H, W) and maps of invented detail (B, 1, H, W)."""
-        device = self.denoiser.device
+        device = self._execution_device
         settings, operator = run.preset, run.operator
         prior = self._build_prior().counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
@@ -490,13 +642,13 @@ class RestorationPipeline(DiffusionPipeline):
         tiling = tiling_for(run.tile, plan.pixels, free_memory(device), cost)
         if tiling is not None:
             tiling = overlapping(tiling.tile, self._overlap(prior, tiling), prior.size_multiple)
-            prior = prior.tiled(tiling, self._tiles_at_once(tiling, cost))
+            prior = prior.tiled(tiling, self._tiles_at_once(tiling, cost, prior.device))
         # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
         tiles = latent_tiles(prior, plan, tiling if operator is None else None)
         y = y if len(tiles) > 1 else y.to(device)
         # Holes and known blur are no unknown damage: gamma describes what the operator does not explain.
         coarse = to_coarse_grid(y, target, plan) if operator is None else operator.initial(y)
-        gamma = self.degradation_encoder(coarse)
+        gamma = self.degradation_encoder(coarse).to(device)
         noise = self.degradation_encoder.estimate(gamma).noise.float()
         gamma = gamma.to(self.pixel_inn.dtype)
         padded = y if operator is not None else pad_to(coarse, plan.padded_width, plan.padded_height)
@@ -539,13 +691,19 @@ class RestorationPipeline(DiffusionPipeline):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def on_step(i: int, z_t: Tensor, z0: Tensor) -> None:
+            bar.update()
             if run.callback is not None:
                 run.callback(self, i, int(trajectory.timesteps[i]), {"latents": z_t, "z0": z0})
 
         before = copy.copy(calls)
         regulariser = make_regulariser(settings.guidance, prior)
         seeded = draw_around(start, spread, settings.spread, generators)
-        z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
+        progress: Any = self.progress_bar  # Its parameters have no hints, so that one of them seems to be required.
+        with progress(total=settings.steps) as bar:
+            z = restore_latent(trajectory, seeded, data, settings.update, regulariser, generators, on_step)
+        for hook in getattr(self, "_all_hooks", ()):  # Of model offload: decoding needs the denoiser's place.
+            if hook.model is self.denoiser:
+                hook.offload()
         for name, value in dataclasses.asdict(calls).items():
             setattr(loop_calls, name, getattr(loop_calls, name) + value - getattr(before, name))
         if settings.init == "noise":
@@ -561,9 +719,8 @@ class RestorationPipeline(DiffusionPipeline):
             self._reach = networks, _measured_reach(prior)
         return max(tiling.overlap, min(LARGEST_OVERLAP, self._reach[1]))
 
-    def _tiles_at_once(self, tiling: TilingConfig, cost: int) -> int:
+    def _tiles_at_once(self, tiling: TilingConfig, cost: int, device: torch.device) -> int:
         """Tiles in one pass of a network: one on a CPU, which is busy with it; as many as fit on an accelerator."""
-        device = self.denoiser.device
         if device.type == "cpu":
             return 1
         free = free_memory(device)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from latentindigo.backbones import Capabilities, backbone_of
 from latentindigo.conditioning import Conditioning
+from latentindigo.offloading import execution_device, private_copy
 from latentindigo.schedules import (
     PredictionType,
     checked_eta,
@@ -163,7 +164,7 @@ class LatentPrior:
     @property
     def device(self) -> torch.device:
         """The device of the denoiser."""
-        return _device_of(self.denoiser)
+        return execution_device(self.denoiser)
 
     def counting(self, calls: Calls) -> LatentPrior:
         """Return a view of this prior that shares its networks but counts into `calls`.
@@ -579,16 +580,12 @@ def in_full_precision(network: Network, run: Callable[[Network], Tensor]) -> Ten
         "again in float32. Load the model with float32 (--dtype float32) to save the time",
         stacklevel=2,
     )
-    full: Any = copy.deepcopy(network)
+    full: Any = private_copy(network)
     return run(full.float())
 
 
 def _dtype_of(network: Any) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _device_of(network: Any) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def _same_values(a: Tensor, b: Tensor | None) -> bool:
@@ -632,7 +629,9 @@ def _latent_grid(vae: Any) -> tuple[int, int]:
         return int(factor), int(channels)
     with torch.no_grad():
         size = 64
-        latent = _latent_from(vae.encode(torch.zeros(1, 3, size, size, dtype=_dtype_of(vae), device=_device_of(vae))))
+        latent = _latent_from(
+            vae.encode(torch.zeros(1, 3, size, size, dtype=_dtype_of(vae), device=execution_device(vae)))
+        )
     return size // latent.shape[-1], latent.shape[1]
 
 

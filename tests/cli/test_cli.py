@@ -111,6 +111,24 @@ def test_options_reach_the_pipeline(album: Path, tmp_path: Path, tiny_model: Pat
     assert {name: settings[name] for _, name, _ in options.values()} == {n: value for _, n, value in options.values()}
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offload_needs_an_accelerator(album: Path, tmp_path: Path, tiny_model: Path, offload: str) -> None:
+    result = run("restore", album / "a.png", "-o", tmp_path, "--model", tiny_model, "--offload", offload, *QUICK)
+    assert result.exit_code == ExitCode.USAGE, result.output
+    assert f"offload: '{offload}' keeps weights on the CPU" in result.stderr
+    assert "leave it out, or name an accelerator" in result.stderr
+
+
+@pytest.mark.parametrize(("offload", "switch"), [("model", "enable_model_cpu_offload"),
+                                                 ("sequential", "enable_sequential_cpu_offload")])  # fmt: skip
+def test_offload_turns_the_switch(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, offload: str, switch: str) -> None:
+    """With an accelerator that only this test believes in: "meta" stands for it until something is computed."""
+    turned: list[Any] = []
+    monkeypatch.setattr(RestorationPipeline, switch, lambda pipe, device: turned.append((device, pipe.device.type)))
+    jobs.load_pipeline(str(tiny_model), dtype="float32", device="meta", offload=offload)
+    assert turned == [("meta", "cpu")]
+
+
 # --------------------------------------------------------------------------------------------------------- exit codes
 
 
