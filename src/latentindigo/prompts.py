@@ -25,6 +25,7 @@ import math
 import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class PromptDefaults:
     guidance_scale: float = 4.0
 
 
-# Networks distilled for few steps have swallowed their guidance; FLUX.1-dev takes the scale as an input.
+# Networks distilled for few steps have swallowed their guidance; others take the scale as an input.
 _FEW_STEPS = PromptDefaults(guidance_scale=1.0)
 _EMBEDDED_SCALE = PromptDefaults(guidance_scale=3.5)
 
@@ -104,7 +105,7 @@ class _Traits:
     zero_negative: bool = False
     """Whether an empty negative prompt means embeddings of zero (SDXL)."""
     embedded_scale: bool = False
-    """Whether the network takes the guidance scale as an input and knows no negative prompt (FLUX.1-dev)."""
+    """Whether the network takes the guidance scale as an input and knows no negative prompt (FLUX.1-dev, LCM)."""
 
 
 def text_family(folder: Path) -> TextFamily | None:
@@ -176,7 +177,8 @@ class Prompter:
             The prompter; no weights are read.
         """
         index, scheduler = _json(folder / "model_index.json"), _json(folder / "scheduler" / "scheduler_config.json")
-        embedded_scale = bool(_json(folder / "transformer" / "config.json").get("guidance_embeds", False))
+        network = _denoiser_config(folder)
+        embedded_scale = bool(network.get("guidance_embeds")) or network.get("time_cond_proj_dim") is not None
         kind = scheduler.get("_class_name", "")
         # A hub snapshot is named by its commit, the folder above by the model.
         names = f"{folder.name} {folder.absolute().parent.parent.name} {index.get('_name_or_path', '')}".lower()
@@ -365,6 +367,11 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    found = (_json(folder / name / "config.json") for name in ("transformer", "unet", "denoiser"))
+    return next((config for config in found if config), {})
+
+
 def _zeros_like(prompt: PromptEmbeddings) -> PromptEmbeddings:
     pooled = None if prompt.pooled is None else torch.zeros_like(prompt.pooled)
     return PromptEmbeddings(torch.zeros_like(prompt.tokens), pooled)
@@ -398,14 +405,14 @@ def _run_family(
         ]
     if family == "flux":
         pooled = run(1, lambda out: (out.pooler_output,))
-        long = _json(folder / "transformer" / "config.json").get("guidance_embeds", False)
+        long = _denoiser_config(folder).get("guidance_embeds", False)
         tokens = run(2, lambda out: (out[0],), FLUX_TOKENS if long else T5_TOKENS)
         return [PromptEmbeddings(*t, *p) for t, p in zip(tokens, pooled, strict=True)]
     first, second = run(1, _last_but_one), run(2, _last_but_one)
     if (folder / _FOLDERS[2]).is_dir():
         third = [tokens for (tokens,) in run(3, lambda out: (out[0],), T5_TOKENS)]
     else:
-        width = int(_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096))
+        width = int(_denoiser_config(folder).get("joint_attention_dim", 4096))
         third = [torch.zeros(1, T5_TOKENS, width, dtype=dtype)] * len(texts)
     prompts = []
     for (a, pooled_a), (b, pooled_b), t5 in zip(first, second, third, strict=True):
@@ -434,15 +441,20 @@ def _run_encoder(
     encoder_folder, tokenizer_folder = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     if not tokenizer_folder.is_dir():
         raise FileNotFoundError(f"expected a folder {tokenizer_folder.name} in {folder.name!r}, found none; add it")
+    results = None
     try:
         with _quiet_transformers():
-            return _encode_texts(encoder_folder, tokenizer_folder, texts, read, dtype, device, tokens)
+            results, encoder = _encode_texts(encoder_folder, tokenizer_folder, texts, read, dtype, device, tokens)
+        if encoder() is not None:
+            gc.collect()  # Slow, and needed only where the encoder is part of a cycle.
     except torch.OutOfMemoryError:
         pass  # Outside the handler: its traceback holds on to the encoder.
     finally:
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if results is not None:
+        return results
+    gc.collect()
     warnings.warn(f"{encoder_folder.name} does not fit into the memory of {device}; it runs on the CPU", stacklevel=2)
     return _run_encoder(folder, number, texts, read, dtype, torch.device("cpu"), tokens)
 
@@ -456,7 +468,8 @@ def _encode_texts(
     dtype: torch.dtype,
     device: torch.device,
     tokens: int | None,
-) -> list[tuple[Tensor, ...]]:
+) -> tuple[list[tuple[Tensor, ...]], weakref.ref[Any]]:
+    """What the encoder says, on the CPU, and a reference that tells whether it is still there."""
     import transformers
 
     kind = _json(encoder_folder / "config.json")["architectures"][0]
@@ -488,7 +501,7 @@ def _encode_texts(
         mask = {"attention_mask": given.attention_mask.to(device)} if masked and not is_t5 else {}
         out = encoder(given.input_ids.to(device), output_hidden_states=not is_t5, **mask)
         results.append(tuple(t.to(dtype).cpu() for t in read(out)))
-    return results
+    return results, weakref.ref(encoder)
 
 
 @contextlib.contextmanager

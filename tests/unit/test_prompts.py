@@ -151,7 +151,6 @@ class Watch:
 
     @property
     def alive(self) -> int:
-        gc.collect()
         return sum(ref() is not None for ref in self.loaded)
 
 
@@ -184,13 +183,34 @@ def test_no_encoder_survives_and_no_two_are_alive(name: str, folders: dict[str, 
     assert told.positive.tokens.isfinite().all()
 
 
-def test_an_encoder_is_freed_when_it_fails(folders: dict[str, Path], watch: Watch, tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["sd"], tmp_path / "broken")
-    weights = folder / "text_encoder" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(Exception, match=r".+"):
-        Prompter.from_prior(folder).embed([POSITIVE])
-    assert watch.alive == 0
+def test_an_encoder_is_freed_when_it_fails(
+    folders: dict[str, Path], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(out: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(prompts, "_last_but_one", fails)
+    with pytest.raises(RuntimeError, match="planted"):
+        Prompter.from_prior(folders["sdxl"]).embed([POSITIVE])
+    gc.collect()  # pytest's own frames form a cycle with the traceback.
+    assert (len(watch.loaded), watch.alive) == (1, 0)
+
+
+def test_an_encoder_that_does_not_fit_runs_on_the_cpu(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, devices = prompts._encode_texts, []
+
+    def small(*args: Any) -> Any:
+        devices.append(args[5].type)
+        if devices[-1] != "cpu":
+            raise torch.OutOfMemoryError
+        return encode(*args)
+
+    monkeypatch.setattr(prompts, "_encode_texts", small)
+    with pytest.warns(UserWarning, match="text_encoder does not fit into the memory of meta; it runs on the CPU"):
+        (prompt,) = Prompter.from_prior(folders["sd"]).embed([POSITIVE], "meta")
+    assert (devices, prompt.tokens.device.type) == (["meta", "cpu"], "cpu")
 
 
 def test_a_kept_encoder_would_be_seen(folders: dict[str, Path], watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +303,7 @@ def test_text_encoders_of_no_known_family_are_refused(defect: str, folders: dict
 # --- saved prompts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
 def test_saved_prompts_need_no_encoder(name: str, folders: dict[str, Path], tmp_path: Path, watch: Watch) -> None:
     before = Prompter.from_prior(folders[name])
     told = before.conditioning(before.choose(POSITIVE, guidance_scale=3.0))
@@ -351,18 +371,24 @@ def test_what_was_chosen_chooses_itself(folders: dict[str, Path]) -> None:
         ("mine", {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, True),
         ("mine", {"_class_name": "LCMScheduler"}, True),
         ("sd3.5-large-turbo", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, True),
+        ("lcm-with-scale", {"_class_name": "LCMScheduler", "time_cond_proj_dim": 8}, None),
         ("models--black-forest-labs--FLUX.1-schnell/snapshots/0a1b", {}, True),
     ],
 )
 def test_networks_for_few_steps_are_not_guided_by_default(
-    name: str, scheduler: dict[str, Any], few: bool, tmp_path: Path
+    name: str, scheduler: dict[str, Any], few: bool | None, tmp_path: Path
 ) -> None:
     folder = tmp_path / name
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(
+        json.dumps({"time_cond_proj_dim": scheduler.get("time_cond_proj_dim")})
+    )
     choice = Prompter.from_prior(folder).choose()
-    assert (choice.guidance_scale == 1.0) is few
-    assert (choice.negative_prompt is None) is few
+    # None: the scale is an input of the network.
+    assert (choice.guidance_scale == 1.0) is bool(few)
+    assert (choice.negative_prompt is None) is (few is not False)
 
 
 def test_a_scheduler_for_few_steps_turns_guidance_off() -> None:
