@@ -113,7 +113,23 @@ def restore(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Another latent diffusion model to sample with: a folder or a hub id.",
+            help="Another latent diffusion model to sample with: a folder, a hub id or a .safetensors file.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    prior_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With a --prior of one file: its configurations, in diffusers' layout, so that none is fetched.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    guidance_vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A cheap autoencoder (AutoencoderTiny) for guidance in image space: a folder or a hub id.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -295,7 +311,9 @@ def restore(
             console,
             tasks,
             settings,
-            lambda: jobs.load_pipeline(model, prior=prior, dtype=dtype, device=device),
+            lambda: jobs.load_pipeline(
+                model, prior=prior, prior_config=prior_config, guidance_vae=guidance_vae, dtype=dtype, device=device
+            ),
             overwrite=overwrite,
             as_json=as_json,
         )

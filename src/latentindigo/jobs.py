@@ -225,13 +225,21 @@ class Restorer(Protocol):
 
 
 def load_pipeline(
-    model: str = "embedded", *, prior: str | None = None, dtype: str | None = None, device: str | None = None
+    model: str = "embedded",
+    *,
+    prior: str | None = None,
+    prior_config: str | None = None,
+    guidance_vae: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> Restorer:
     """Load a model for use by this module.
 
     Args:
         model: "embedded", a folder, or a hub id.
         prior: Another latent diffusion model to sample with, or None.
+        prior_config: Folder with the configurations of a prior that is a single file, or None.
+        guidance_vae: Cheap autoencoder for guidance in pixels, or None.
         dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
 
@@ -254,7 +262,14 @@ def load_pipeline(
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {place!r} cannot be used here ({reason}); `info` lists the devices") from error
     torch_dtype = fast_dtype(torch.device(place)) if dtype is None else getattr(torch, dtype)
-    return RestorationPipeline.from_pretrained(model, prior=prior, torch_dtype=torch_dtype, device=place)
+    return RestorationPipeline.from_pretrained(
+        model,
+        prior=prior,
+        prior_config=prior_config,
+        guidance_vae=guidance_vae,
+        torch_dtype=torch_dtype,
+        device=place,
+    )
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

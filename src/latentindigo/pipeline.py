@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import warnings
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -46,6 +44,7 @@ from latentindigo.canvas import (
     to_coarse_grid,
     to_tensors,
 )
+from latentindigo.conditioning import Conditioning
 from latentindigo.guidance import (
     DataTerm,
     GuidanceConfig,
@@ -58,6 +57,7 @@ from latentindigo.guidance import (
     trusted_target,
 )
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
+from latentindigo.loading import load_autoencoder, load_prior
 from latentindigo.model_folder import model_folder
 from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
@@ -122,10 +122,15 @@ class RestorationPipeline(DiffusionPipeline):
         degradation_encoder: F.
         pixel_inn: g in pixels; serves every latent diffusion model.
         latent_inn: g in the latent space of this autoencoder, or None.
+        guidance_vae: Cheap autoencoder of the same latents (AutoencoderTiny) for guidance in pixels, or None.
+
+    Attributes:
+        conditioning: What a text-conditioned denoiser is told, None for the others; not saved with the model.
+        text_folder: Folder with the text encoders that belong to the denoiser, None where there are none.
     """
 
     model_cpu_offload_seq = "degradation_encoder->estimator->vae->denoiser->pixel_inn->latent_inn"
-    _optional_components = ["latent_inn", "estimator"]  # noqa: RUF012 (the attribute that diffusers reads)
+    _optional_components = ["latent_inn", "estimator", "guidance_vae"]  # noqa: RUF012 (the attribute that diffusers reads)
 
     def __init__(
         self,
@@ -136,6 +141,7 @@ class RestorationPipeline(DiffusionPipeline):
         degradation_encoder: DegradationEncoder,
         pixel_inn: InvertibleNet,
         latent_inn: InvertibleNet | None = None,
+        guidance_vae: ModelMixin | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -146,7 +152,10 @@ class RestorationPipeline(DiffusionPipeline):
             degradation_encoder=degradation_encoder,
             pixel_inn=pixel_inn,
             latent_inn=latent_inn,
+            guidance_vae=guidance_vae,
         )
+        self.conditioning: Conditioning | None = None
+        self.text_folder: Path | None = None
         self.presets = load_presets(Path(os.devnull))
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
@@ -161,6 +170,8 @@ class RestorationPipeline(DiffusionPipeline):
         model: str | os.PathLike[str] = "embedded",
         *,
         prior: str | os.PathLike[str] | None = None,
+        prior_config: str | os.PathLike[str] | None = None,
+        guidance_vae: str | os.PathLike[str] | ModelMixin | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
@@ -169,8 +180,11 @@ class RestorationPipeline(DiffusionPipeline):
 
         Args:
             model: "embedded" (ships in the package), a folder, or a hub id.
-            prior: Folder or hub id of another latent diffusion model to sample with (its vae, denoiser or unet, and
-                scheduler); guidance then defaults to PixelINN, which serves any of them.
+            prior: Another latent diffusion model to sample with: a folder or hub id in diffusers' layout, or a single
+                .safetensors file (`latentindigo.loading`); guidance then defaults to PixelINN, which serves any.
+            prior_config: For a single file, a folder with the configurations of its parts, in diffusers' layout.
+            guidance_vae: Folder or hub id of a cheap autoencoder (AutoencoderTiny) that stands in for the full one in
+                the guided steps of PixelINN.
             torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default. The degradation encoder and
                 the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
                 predict and update networks compute in it.
@@ -188,15 +202,25 @@ class RestorationPipeline(DiffusionPipeline):
             folder = model_folder(model)
             if not (folder / "model_index.json").is_file():
                 raise FileNotFoundError(f"{folder.name!r} holds no model_index.json; give the folder of a saved model")
-            parts = {} if prior is None else _load_prior(model_folder(prior), dtype)
-            if prior is not None:
-                parts["latent_inn"] = None  # It belongs to the other autoencoder.
+            parts: dict[str, Any] = {}
+            found = None
             with _quiet_loading():
+                if prior is not None:
+                    found = load_prior(prior, config=prior_config, dtype=dtype)
+                    parts.update(vae=found.vae, denoiser=found.denoiser, scheduler=found.scheduler)
+                    parts["latent_inn"] = None  # It belongs to the other autoencoder, and so does its stand-in.
+                    parts["guidance_vae"] = None
+                elif prior_config is not None:
+                    raise ValueError("prior_config describes a prior, and none is given; give prior too")
+                if guidance_vae is not None:
+                    is_path = isinstance(guidance_vae, (str, os.PathLike))
+                    parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
                 # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
             pipe.presets = load_presets(folder)
+            pipe.text_folder = None if found is None else found.text_folder
             for inn in (pipe.pixel_inn, pipe.latent_inn):
                 if inn is not None and dtype == torch.bfloat16:
                     inn.compute_in(dtype)
@@ -223,7 +247,13 @@ class RestorationPipeline(DiffusionPipeline):
         return self._build_prior()
 
     def _build_prior(self) -> LatentPrior:
-        return LatentPrior(self.vae, self.denoiser, self.scheduler)
+        return LatentPrior(
+            self.vae,
+            self.denoiser,
+            self.scheduler,
+            conditioning=self.conditioning,
+            guidance_vae=self.guidance_vae,
+        )
 
     def _networks(self) -> dict[str, torch.nn.Module]:
         return {n: c for n, c in self.components.items() if isinstance(c, torch.nn.Module)}
@@ -420,6 +450,9 @@ class RestorationPipeline(DiffusionPipeline):
         tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
         if tiling is not None:
             prior = prior.tiled(tiling)
+        strength = 1.0 if settings.init == "noise" else settings.strength
+        latent_size = plan.padded_height // prior.downsampling, plan.padded_width // prior.downsampling
+        trajectory = prior.trajectory(settings.steps, strength, eta=settings.eta, latent_size=latent_size)
         # A known operator acts on the whole image; tiles of everything else stay off the device until their turn.
         tiles = latent_tiles(prior, plan, tiling if operator is None else None)
         y = y if len(tiles) > 1 else y.to(device)
@@ -434,9 +467,6 @@ class RestorationPipeline(DiffusionPipeline):
         else:
             begin = pad_to(operator.initial(y), plan.padded_width, plan.padded_height).clamp(0, 1)
         start = prior.encode(begin)
-        trajectory = prior.trajectory(
-            settings.steps, 1.0 if settings.init == "noise" else settings.strength, eta=settings.eta
-        )
         data = self._data_term(prior, padded, (begin, start), gamma, noise, plan, settings, operator, tiles)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
@@ -502,7 +532,7 @@ class RestorationPipeline(DiffusionPipeline):
         lr = settings.guidance.refine_lr if settings.guidance.refine else None
         if operator is not None:
             model = LinearForward(OnCanvas(operator, plan), float(noise.mean()))
-            return PixelINN(prior, model, y, plan.pixels, settings.guidance, noise)
+            return PixelINN(prior.for_guidance(), model, y, plan.pixels, settings.guidance, noise)
         variance, shrink = noise.square()[:, None, None, None], settings.guidance.shrink
         gain = _noise_gain(prior)
         if settings.method == "latent-inn" and self.latent_inn is not None:
@@ -517,13 +547,14 @@ class RestorationPipeline(DiffusionPipeline):
                 simulated = simulate(model, begin[0], tiles, prior.downsampling, factor, gamma)
             target = trusted_target(y.to(simulated), simulated, variance, shrink)
             unit = float(gain.mean().sqrt())
-            data = PixelINN(prior, model, target, plan.pixels, settings.guidance, noise, unit)
+            data = PixelINN(prior.for_guidance(), model, target, plan.pixels, settings.guidance, noise, unit)
         return data if len(tiles) == 1 else TiledData(data, tiles, plan.levels)
 
 
 def _noise_gain(prior: LatentPrior) -> Tensor:
     """Variance per latent channel that the encoder makes of white pixel noise of variance 1, (1, c, 1, 1)."""
-    grey = torch.full((1, 3, 64, 64), 0.5)
+    side = max(64, 4 * prior.downsampling)
+    grey = torch.full((1, 3, side, side), 0.5)
     step = 0.02  # Noise of 5/255: the encoder is nearly linear in it.
     noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
     response = prior.encode((grey + step * noise).to(prior.device)) - prior.encode(grey.to(prior.device))
@@ -540,34 +571,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             diffusers_logging.enable_progress_bar()
-
-
-def _load_prior(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The vae, denoiser and scheduler of another latent diffusion model."""
-    denoiser = next((n for n in ("denoiser", "unet") if (folder / n).is_dir()), None)
-    missing = [n for n in ("vae", "scheduler") if not (folder / n).is_dir()]
-    if denoiser is None or missing:
-        raise FileNotFoundError(
-            f"a prior needs the folders vae, denoiser (or unet) and scheduler; {folder.name!r} lacks "
-            f"{', '.join(missing + ([] if denoiser else ['denoiser']))}"
-        )
-    network = _load_part(folder / denoiser, dtype)
-    if getattr(network.config, "cross_attention_dim", None) is not None:
-        raise ValueError(f"an unconditional denoiser expected, got {type(network).__name__}, which needs text")
-    return {
-        "vae": _load_part(folder / "vae", dtype),
-        "denoiser": network,
-        "scheduler": _load_part(folder / "scheduler", None),
-    }
-
-
-def _load_part(folder: Path, dtype: torch.dtype | None) -> Any:
-    """A network or scheduler, of the class that its configuration names: one of diffusers' or of ours."""
-    config = next((c for c in ("config.json", "scheduler_config.json") if (folder / c).is_file()), None)
-    if config is None:
-        raise FileNotFoundError(f"expected a configuration in {folder.parent.name}/{folder.name}, found none")
-    name = json.loads((folder / config).read_text()).get("_class_name", "")
-    kind = PatchAutoencoder if name == "PatchAutoencoder" else getattr(diffusers, name, None)
-    if kind is None:
-        raise ValueError(f"{folder.parent.name}/{folder.name} is of class {name!r}, which diffusers does not have")
-    return kind.from_pretrained(folder) if dtype is None else kind.from_pretrained(folder, dtype=dtype)

@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.backbones import Capabilities, backbone_of
+from latentindigo.conditioning import Conditioning
 from latentindigo.schedules import (
     PredictionType,
     checked_eta,
@@ -37,6 +39,7 @@ from latentindigo.schedules import (
     prepare_scheduler,
     scheduler_type,
     set_stride,
+    shift_exponent,
     state_dtype,
     strength_of,
     z0_from_output,
@@ -82,15 +85,27 @@ class LatentPrior:
     its own copy of the scheduler, so that several threads may share one prior.
     """
 
-    def __init__(self, vae: Any, denoiser: Any, scheduler: Any, *, prediction_type: str | None = None) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        denoiser: Any,
+        scheduler: Any,
+        *,
+        prediction_type: str | None = None,
+        conditioning: Conditioning | None = None,
+        guidance_vae: Any = None,
+    ) -> None:
         """Wrap an autoencoder, a denoiser and a scheduler.
 
         Args:
             vae: An autoencoder with diffusers' `encode(x)` / `decode(z)`, pixels in [-1, 1] on its side.
-            denoiser: A network called as `denoiser(z, t)` whose result has `.sample` of z's shape.
+            denoiser: A network of one of the families in `latentindigo.backbones`, or one called as `denoiser(z, t)`
+                whose result has `.sample` of z's shape.
             scheduler: One of diffusers' one-evaluation-per-step schedulers.
             prediction_type: What the network predicts: "epsilon", "v_prediction", "sample" or "flow_prediction"; None
                 takes it from the scheduler's configuration.
+            conditioning: What a text-conditioned denoiser is told; it may be missing until a trajectory is planned.
+            guidance_vae: A cheap autoencoder of the same latents (AutoencoderTiny), see `for_guidance`.
 
         Raises:
             ValueError: If the scheduler is of a kind that cannot be driven step by step, or the parts do not fit.
@@ -104,13 +119,40 @@ class LatentPrior:
         self.prediction_type: PredictionType = network_type(self.scheduler, self._family, prediction_type)
         prepare_scheduler(self.scheduler, self._family, self.prediction_type)
         self.downsampling, self.latent_channels = _latent_grid(vae)
-        self._latent_multiple = _latent_multiple(denoiser)
-        _check_channels(denoiser, self.latent_channels)
+        self._backbone = backbone_of(denoiser)
+        self._latent_multiple = self._backbone.multiple
+        _check_channels(self._backbone.channels, self.latent_channels)
+        self.conditioning = conditioning
+        if conditioning is not None:
+            self._backbone.check(conditioning)
+        self._guidance_vae = guidance_vae
+        if guidance_vae is not None and _latent_grid(guidance_vae) != (self.downsampling, self.latent_channels):
+            factor, channels = _latent_grid(guidance_vae)
+            raise ValueError(
+                f"expected a guidance autoencoder of {self.latent_channels} latent channels, {self.downsampling} "
+                f"pixels per cell, like the full one, got {channels} and {factor}; pick the one made for this model"
+            )
 
     @property
     def size_multiple(self) -> int:
         """The number of pixels that height and width must be multiples of."""
         return self.downsampling * self._latent_multiple
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this model is and needs, as data."""
+        backbone = self._backbone
+        return Capabilities(
+            family=backbone.family,
+            prediction_type=self.prediction_type,
+            latent_channels=self.latent_channels,
+            downsampling=self.downsampling,
+            size_multiple=self.size_multiple,
+            text_encoders=backbone.text_encoders,
+            token_width=backbone.token_width,
+            pooled_width=backbone.pooled_width,
+            distilled_guidance=backbone.distilled,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,6 +175,20 @@ class LatentPrior:
         """
         view = copy.copy(self)
         view.calls = calls
+        return view
+
+    def for_guidance(self) -> LatentPrior:
+        """Return a view whose `decode` and `encode` are those of the guidance autoencoder, if there is one.
+
+        Guidance in pixels decodes in every step; a small autoencoder that was trained to imitate the full one does it
+        for a fraction of the cost, and the picture itself still comes from the full decoder.
+
+        Returns:
+            A light copy that shares networks and counter.
+        """
+        view = copy.copy(self)
+        if self._guidance_vae is not None:
+            view.vae = self._guidance_vae
         return view
 
     def tiled(self, tiling: TilingConfig | None) -> LatentPrior:
@@ -215,7 +271,9 @@ class LatentPrior:
             decoded.register_hook(count)
         return (decoded.to(state_dtype(z)) + 1.0) / 2.0
 
-    def trajectory(self, steps: int, strength: float = 1.0, *, eta: float = 0.0) -> Trajectory:
+    def trajectory(
+        self, steps: int, strength: float = 1.0, *, eta: float = 0.0, latent_size: tuple[int, int] | None = None
+    ) -> Trajectory:
         """Plan a descent from a noise level to a clean latent in exactly `steps` denoiser evaluations.
 
         At strength 1 the scheduler's own full grid is used as it is. Below, the trajectory starts at the trained time
@@ -227,15 +285,29 @@ class LatentPrior:
             steps: Number of denoiser evaluations, at least 1.
             strength: σ/√(α²+σ²) at the start, in (0, 1]; 1 = pure noise.
             eta: Share of fresh noise in each step, 0 = deterministic; only schedulers like DDIM know it.
+            latent_size: (height, width) of the latent, for flow schedules whose time shift depends on it (FLUX).
 
         Returns:
             The trajectory; `start_strength` tells the level that was reached.
 
         Raises:
-            ValueError: If the level cannot be reached in that many steps, if the scheduler knows no `eta`, or if an
-                ε-predicting network would be asked about pure noise (α = 0), where ε says nothing about z_0.
+            ValueError: If the level cannot be reached in that many steps, if the scheduler knows no `eta`, if an
+                ε-predicting network would be asked about pure noise (α = 0), where ε says nothing about z_0, if a
+                text-conditioned denoiser has no conditioning, or if the time shift needs `latent_size`.
         """
-        return Trajectory(self, steps, strength, eta)
+        if self._backbone.token_width is not None and self.conditioning is None:
+            raise ValueError(self._backbone.needs_text())
+        return Trajectory(self, steps, strength, eta, self._tokens(latent_size))
+
+    def _tokens(self, latent_size: tuple[int, int] | None) -> int | None:
+        """How many image tokens a transformer sees at once: those of the latent, or of one tile."""
+        if latent_size is None:
+            return None
+        height, width = latent_size
+        if self._tiling is not None:
+            tile = self._tiling.tile // self.downsampling
+            height, width = min(height, tile), min(width, tile)
+        return (height // self._latent_multiple) * (width // self._latent_multiple)
 
     def _on_latent_tiles(self, fn: Callable[[Tensor], Tensor], z: Tensor, scale: int) -> Tensor:
         """Run a network on latents, tile by tile if this view is tiled."""
@@ -254,9 +326,15 @@ class LatentPrior:
             )
         self.calls.denoiser += 1
         times = t.to(z.device).expand(z.shape[0])
+        canvas = height * self.downsampling, width * self.downsampling
 
         def denoise(part: Tensor) -> Tensor:
-            return in_full_precision(self.denoiser, lambda network: network(part.to(_dtype_of(network)), times).sample)
+            return in_full_precision(
+                self.denoiser,
+                lambda network: self._backbone.evaluate(
+                    network, part.to(_dtype_of(network)), times, self.conditioning, canvas
+                ),
+            )
 
         output = self._on_latent_tiles(denoise, z, 1)
         calls = self.calls
@@ -282,7 +360,7 @@ class Trajectory:
         start_strength: The noise level σ/√(α²+σ²) at the start, as reached.
     """
 
-    def __init__(self, prior: LatentPrior, steps: int, strength: float, eta: float) -> None:
+    def __init__(self, prior: LatentPrior, steps: int, strength: float, eta: float, tokens: int | None) -> None:
         """Plan the trajectory; use `LatentPrior.trajectory`, which documents the arguments."""
         if steps < 1:
             raise ValueError(f"expected at least 1 step, got {steps}")
@@ -297,7 +375,9 @@ class Trajectory:
         self._eta = checked_eta(self._scheduler, arguments, eta)
         self._draws = self._family.draws(self._scheduler.config, eta)
 
-        begin, self._is_stock_grid = place_grid(self._scheduler, self._family, steps, strength)
+        mu = shift_exponent(self._scheduler, tokens)
+        even = prior._backbone.even_grid
+        begin, self._is_stock_grid = place_grid(self._scheduler, self._family, steps, strength, mu=mu, even=even)
         if hasattr(self._scheduler, "set_begin_index"):
             # Counting from a known index is exact; looking a time step up is not when two steps share one.
             self._scheduler.set_begin_index(begin)
@@ -554,22 +634,11 @@ def _latent_grid(vae: Any) -> tuple[int, int]:
     return size // latent.shape[-1], latent.shape[1]
 
 
-def _latent_multiple(denoiser: Any) -> int:
-    """Return what latent sides must be multiples of: the U-Net's downsamplings, or a transformer's patch."""
-    config = getattr(denoiser, "config", None)
-    blocks = getattr(config, "block_out_channels", None)
-    if blocks is not None:
-        return 2 ** (len(blocks) - 1)
-    return int(getattr(config, "patch_size", None) or 1)
-
-
-def _check_channels(denoiser: Any, latent_channels: int) -> None:
+def _check_channels(channels: tuple[int | None, int | None], latent_channels: int) -> None:
     """Refuse a denoiser that does not map latents of this autoencoder to latents of this autoencoder."""
-    config = getattr(denoiser, "config", None)
-    for name in ("in_channels", "out_channels"):
-        channels = getattr(config, name, None)
-        if channels is not None and channels != latent_channels:
+    for name, count in zip(("in_channels", "out_channels"), channels, strict=True):
+        if count is not None and count != latent_channels:
             raise ValueError(
-                f"expected a denoiser with {name}={latent_channels} to suit the autoencoder, got {channels}; pick the "
+                f"expected a denoiser with {name}={latent_channels} to suit the autoencoder, got {count}; pick the "
                 "autoencoder it was trained with (learned variances and extra conditions are not supported)"
             )

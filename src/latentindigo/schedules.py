@@ -40,6 +40,7 @@ __all__ = [
     "prepare_scheduler",
     "scheduler_type",
     "set_stride",
+    "shift_exponent",
     "state_dtype",
     "strength_of",
     "z0_from_output",
@@ -62,6 +63,7 @@ class Family:
         strides: Whether `step` finds the next level by a fixed stride in time instead of a list of time steps.
         accepts: Kinds of network output that its `step` understands.
         draws: Whether `step` draws noise, as a function of (config, eta).
+        shifts: Whether its time shift may depend on the size of the picture (`use_dynamic_shifting`).
     """
 
     levels: Literal["alphas", "sigmas", "flow"]
@@ -69,6 +71,7 @@ class Family:
     strides: bool = False
     accepts: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
     draws: Callable[[Any, float], bool] = lambda config, eta: False
+    shifts: bool = False
 
 
 # By name, so that this module needs no diffusers import; subclasses are found through their bases.
@@ -88,7 +91,10 @@ _FAMILIES: dict[str, Family] = {
     ),
     "LMSDiscreteScheduler": Family("sigmas", scaled=True),
     "FlowMatchEulerDiscreteScheduler": Family(
-        "flow", accepts=("flow_prediction",), draws=lambda config, eta: bool(config.stochastic_sampling)
+        "flow",
+        accepts=("flow_prediction",),
+        draws=lambda config, eta: bool(config.stochastic_sampling),
+        shifts=True,
     ),
 }
 
@@ -123,10 +129,10 @@ def family_of(scheduler: Any) -> Family:
     config = scheduler.config
     if getattr(config, "use_flow_sigmas", False):
         family = replace(family, levels="flow")
-    if getattr(config, "use_dynamic_shifting", False):
+    if getattr(config, "use_dynamic_shifting", False) and not family.shifts:
         raise ValueError(
             f"expected a fixed time shift, got {name} with use_dynamic_shifting=True, which depends on the image size; "
-            "set use_dynamic_shifting=False and the shift of your size"
+            "set use_dynamic_shifting=False and the shift of your size, or use FlowMatchEulerDiscreteScheduler"
         )
     if getattr(config, "invert_sigmas", False):
         raise ValueError(f"expected time to run from noise to image, got {name} with invert_sigmas=True; set it False")
@@ -267,7 +273,44 @@ def noise_levels(scheduler: Any, family: Family, begin: int, steps: int) -> list
     return [(math.sqrt(a), math.sqrt(1.0 - a)) for a in alpha_bars]
 
 
-def place_grid(scheduler: Any, family: Family, steps: int, strength: float) -> tuple[int, bool]:
+def shift_exponent(scheduler: Any, cells: int | None) -> float | None:
+    """Return mu, the time shift's exponent, of a schedule that is shifted further the larger the picture is.
+
+    Linear between (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as SD3 and FLUX were trained.
+
+    Args:
+        scheduler: A scheduler of diffusers.
+        cells: Number of image tokens that the network sees at once, None = unknown.
+
+    Returns:
+        mu, or None for a schedule with a fixed shift.
+
+    Raises:
+        ValueError: If the shift depends on the size and the size is unknown.
+    """
+    config = scheduler.config
+    if not getattr(config, "use_dynamic_shifting", False):
+        return None
+    if cells is None:
+        raise ValueError(
+            f"expected the size of the latent, on which the time shift of {type(scheduler).__name__} with "
+            "use_dynamic_shifting=True depends, got none; give trajectory(..., latent_size=(height, width))"
+        )
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return cells * slope + (config.base_shift - slope * config.base_image_seq_len)
+
+
+def _set_own_grid(scheduler: Any, family: Family, steps: int, mu: float | None, even: bool) -> None:
+    """Give the scheduler its own grid, or the even one from 1 to 1/steps before its time shift."""
+    keywords: dict[str, Any] = {} if mu is None else {"mu": mu}
+    if even and family.shifts:
+        keywords["sigmas"] = [1.0 - k / steps for k in range(steps)]
+    scheduler.set_timesteps(steps, **keywords)
+
+
+def place_grid(
+    scheduler: Any, family: Family, steps: int, strength: float, *, mu: float | None = None, even: bool = False
+) -> tuple[int, bool]:
     """Give the scheduler a grid of time steps on which `steps` evaluations start nearest to a strength.
 
     Args:
@@ -275,6 +318,8 @@ def place_grid(scheduler: Any, family: Family, steps: int, strength: float) -> t
         family: Its family.
         steps: Number of denoiser evaluations, at least 1.
         strength: σ/√(α²+σ²) at the start, (0, 1]; 1 = the scheduler's own full grid.
+        mu: See `shift_exponent`.
+        even: Whether the full grid of a flow schedule is even from 1 to 1/steps, as FLUX's pipelines set it.
 
     Returns:
         Where the trajectory begins in the grid, and whether the grid is one of the scheduler's own (stock).
@@ -283,12 +328,12 @@ def place_grid(scheduler: Any, family: Family, steps: int, strength: float) -> t
         ValueError: If that many steps cannot start at the strength.
     """
     if strength == 1.0:
-        scheduler.set_timesteps(steps)
+        _set_own_grid(scheduler, family, steps, mu, even)
         return 0, True
     if _has_special_spacing(scheduler.config):
-        return _search_grid(scheduler, family, steps, strength), True
+        return _search_grid(scheduler, family, steps, strength, mu, even), True
     if family.levels == "flow":
-        _set_flow_grid(scheduler, steps, strength)
+        _set_flow_grid(scheduler, family, steps, strength, mu)
     else:
         _set_even_grid(scheduler, family, steps, strength)
     return 0, False
@@ -305,14 +350,14 @@ def _has_special_spacing(config: Any) -> bool:
     )
 
 
-def _search_grid(scheduler: Any, family: Family, steps: int, strength: float) -> int:
+def _search_grid(scheduler: Any, family: Family, steps: int, strength: float, mu: float | None, even: bool) -> int:
     """Refine the scheduler's own grid until its last `steps` levels start nearest to the strength.
 
     The level at which the last `steps` entries start falls as the grid gets finer, so bisection finds it.
     """
 
     def start(size: int) -> float:
-        scheduler.set_timesteps(size)
+        _set_own_grid(scheduler, family, size, mu, even)
         return strength_of(*_level_from_sigma(family, float(scheduler.sigmas[size - steps])))
 
     coarse, fine = steps, max(steps, int(scheduler.config.num_train_timesteps))
@@ -359,13 +404,13 @@ def _trained_timesteps(scheduler: Any) -> Tensor:
     return torch.arange(1, distilled + 1) * (total // distilled) - 1
 
 
-def _set_flow_grid(scheduler: Any, steps: int, strength: float) -> None:
+def _set_flow_grid(scheduler: Any, family: Family, steps: int, strength: float, mu: float | None) -> None:
     """Replace the grid of a flow schedule by an even one in unshifted time that starts at the strength.
 
     With σ = t and α = 1−t, strength σ/√(α²+σ²) is reached at t = r/(1+r), r = strength/√(1−strength²); the time shift
-    s maps even time u to t = s u/(1+(s−1) u).
+    s maps even time u to t = s u/(1+(s−1) u). A shift that grows with the size is s = e^mu, or mu where it is linear.
     """
-    scheduler.set_timesteps(steps)
+    _set_own_grid(scheduler, family, steps, mu, even=True)
     total = int(scheduler.config.num_train_timesteps)
     ratio = strength / math.sqrt(1.0 - strength * strength)
     start = min(ratio / (1.0 + ratio), float(scheduler.sigmas[0]))
@@ -375,6 +420,8 @@ def _set_flow_grid(scheduler: Any, steps: int, strength: float) -> None:
             f"noise level of {type(scheduler).__name__}, got {strength}"
         )
     shift = float(getattr(scheduler, "shift", None) or getattr(scheduler.config, "flow_shift", 1.0))
+    if mu is not None:
+        shift = math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
     even = start / (shift - (shift - 1.0) * start) * (1.0 - torch.arange(steps, dtype=torch.float64) / steps)
     sigmas = shift * even / (1.0 + (shift - 1.0) * even)
     scheduler.timesteps = (sigmas * total).to(scheduler.timesteps.dtype)

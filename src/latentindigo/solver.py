@@ -343,7 +343,8 @@ class LatentSolver:
         height, width = y.shape[-2] * scale, y.shape[-1] * scale
         plan = make_plan(y.shape[-1], y.shape[-2], (width, height), prior.downsampling, prior.size_multiple, operator)
         begin = pad_to(self.start_image(work, scale).to(work), plan.padded_width, plan.padded_height)
-        trajectory = prior.trajectory(self.steps, self.strength)
+        latent_size = begin.shape[-2] // prior.downsampling, begin.shape[-1] // prior.downsampling
+        trajectory = prior.trajectory(self.steps, self.strength, latent_size=latent_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         problem = Problem(trajectory, operator, work, begin, (height, width), generators)
         z_t = self._start(problem)

@@ -213,13 +213,20 @@ def test_schedulers_that_cannot_be_driven_are_refused(make: Any) -> None:
         LatentPrior(LinearVAE(), ConvDenoiser(12), make())
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [({"use_dynamic_shifting": True}, "use_dynamic_shifting"), ({"invert_sigmas": True}, "invert_sigmas")],
-)
-def test_flow_schedules_that_depend_on_something_else_are_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LatentPrior(LinearVAE(), ConvDenoiser(12), FlowMatchEulerDiscreteScheduler(**config))
+def test_flow_schedules_that_cannot_be_driven_are_refused() -> None:
+    with pytest.raises(ValueError, match="invert_sigmas"):
+        LatentPrior(LinearVAE(), ConvDenoiser(12), FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    shifting = UniPCMultistepScheduler(use_flow_sigmas=True, use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="expected a fixed time shift, got UniPC"):
+        LatentPrior(LinearVAE(), ConvDenoiser(12), shifting)
+
+
+def test_a_time_shift_that_depends_on_the_size_needs_the_size() -> None:
+    prior = LatentPrior(LinearVAE(), ConvDenoiser(12), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ValueError, match="expected the size of the latent"):
+        prior.trajectory(4, 0.5)
+    starts = [float(prior.trajectory(4, latent_size=(side, side)).timesteps[1]) for side in (16, 64)]
+    assert starts[0] < starts[1]  # Larger pictures stay at high noise for longer.
 
 
 def test_prediction_types_that_make_no_sense_are_refused() -> None:
