@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["WIDTH", "write_text_encoders"]
+__all__ = ["write_text_encoders"]
 
-WIDTH = 16  # Of one CLIP encoder; T5's is `T5_WIDTH`.
-T5_WIDTH = 48
+# Widths of the CLIP encoders and of their projections (0 = none), and of T5: what the denoisers of families.py read.
+CLIPS: dict[str, list[tuple[int, int]]] = {
+    "sd": [(16, 0)],
+    "sdxl": [(8, 0), (8, 12)],
+    "sd3": [(8, 6), (8, 6)],
+    "flux": [(12, 0)],
+}
+T5_WIDTH = 16
 WORDS = ("sharp", "photo", "blurry", "noise", "detail", "natural")
 
 
@@ -32,35 +38,37 @@ def _save_clip_tokenizer(folder: Path) -> int:
 
 
 def _save_t5_tokenizer(folder: Path) -> int:
-    from transformers import T5TokenizerFast
+    import transformers
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
     letters = [(letter, -4.0) for letter in [*string.ascii_lowercase, ",", "."]]
     words = [(f"▁{word}", -3.0) for word in WORDS]
     vocabulary: Any = [*special, *letters, *words]
-    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    tokenizer = getattr(transformers, "T5TokenizerFast")(  # noqa: B009  (its type stubs do not name it)
+        vocab=vocabulary, extra_ids=0, model_max_length=512
+    )
     tokenizer.save_pretrained(folder)
     return len(vocabulary)
 
 
-def _save_clip(folder: Path, number: str, seed: int, *, projected: bool) -> None:
+def _save_clip(folder: Path, number: str, seed: int, width: int, projection: int) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     size = _save_clip_tokenizer(folder / f"tokenizer{number}")
     config = CLIPTextConfig(
         vocab_size=size,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=24,
         num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=77,
-        projection_dim=WIDTH,
+        projection_dim=projection or width,
         bos_token_id=size - 2,
         eos_token_id=size - 1,
         pad_token_id=size - 1,
     )
     torch.manual_seed(seed)
-    encoder: Any = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+    encoder: Any = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
     _spread(encoder)
     encoder.save_pretrained(folder / f"text_encoder{number}")
 
@@ -90,7 +98,7 @@ def write_text_encoders(folder: Path, family: str, *, t5: bool = True) -> Path:
     """Write the text encoders and tokenizers of a family.
 
     Args:
-        folder: Folder of a prior, made if missing.
+        folder: Folder of a prior, made if missing; a denoiser of `families.build` may lie there.
         family: "sd", "sdxl", "sd3" or "flux".
         t5: Whether SD3 has its third encoder.
 
@@ -98,9 +106,8 @@ def write_text_encoders(folder: Path, family: str, *, t5: bool = True) -> Path:
         The folder, with a `model_index.json` and a `transformer/config.json` as far as prompts need them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    projected = {"sd": [False], "sdxl": [False, True], "sd3": [True, True], "flux": [False]}[family]
-    for k, projection in enumerate(projected):
-        _save_clip(folder, "" if k == 0 else f"_{k + 1}", seed=k, projected=projection)
+    for k, (width, projection) in enumerate(CLIPS[family]):
+        _save_clip(folder, "" if k == 0 else f"_{k + 1}", k, width, projection)
     if family == "flux":
         _save_t5(folder, "_2", seed=5)
     elif family == "sd3" and t5:
@@ -109,8 +116,8 @@ def write_text_encoders(folder: Path, family: str, *, t5: bool = True) -> Path:
     if family == "sdxl":
         index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     (folder / "model_index.json").write_text(json.dumps(index))
-    if family in ("sd3", "flux"):
-        (folder / "transformer").mkdir(exist_ok=True)
+    if family in ("sd3", "flux") and not (folder / "transformer").is_dir():
+        (folder / "transformer").mkdir()
         config = {"joint_attention_dim": T5_WIDTH} if family == "sd3" else {"guidance_embeds": True}
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
     return folder

@@ -133,6 +133,14 @@ def restore(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    latent_inn: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Latent network for the prior's autoencoder, from `latentindigo train latent-inn --prior`.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     preset: Annotated[
         Literal["faithful", "default", "vivid"],
         typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=QUALITY),
@@ -183,6 +191,35 @@ def restore(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What a prior that takes text is asked for; '' asks for nothing, without guidance by text.",
+            show_default="a sharp photograph",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What it is to keep away from.",
+            show_default="blur, noise and the like",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            min=1,
+            max=50,
+            help="How strongly text guides; 1 = the prompt alone, in half of the time.",
+            show_default="the prior's",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     num_samples: Annotated[
         int,
         typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=QUALITY),
@@ -204,6 +241,14 @@ def restore(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    scheduler: Annotated[
+        Literal["model", "ddim", "dpm++", "unipc", "euler", "lcm"],
+        typer.Option(
+            help="How to go from step to step: as the model was saved, or dpm++ or unipc for 4 to 10 steps, lcm for "
+            "networks made for it.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "model",
     tile: Annotated[
         Any,
         typer.Option(
@@ -294,6 +339,10 @@ def restore(
             num_samples=num_samples,
             seed=seed,
             tile=tile,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
         )
         tasks = plan_tasks(
             photos,
@@ -312,7 +361,13 @@ def restore(
             tasks,
             settings,
             lambda: jobs.load_pipeline(
-                model, prior=prior, prior_config=prior_config, guidance_vae=guidance_vae, dtype=dtype, device=device
+                model,
+                prior=prior,
+                prior_config=prior_config,
+                guidance_vae=guidance_vae,
+                latent_inn=latent_inn,
+                dtype=dtype,
+                device=device,
             ),
             overwrite=overwrite,
             as_json=as_json,

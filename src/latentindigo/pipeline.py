@@ -44,7 +44,8 @@ from latentindigo.canvas import (
     to_coarse_grid,
     to_tensors,
 )
-from latentindigo.conditioning import Conditioning
+from latentindigo.conditioning import Conditioning, PromptEmbeddings
+from latentindigo.few_steps import SchedulerKind, make_scheduler
 from latentindigo.guidance import (
     DataTerm,
     GuidanceConfig,
@@ -57,11 +58,12 @@ from latentindigo.guidance import (
     trusted_target,
 )
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
-from latentindigo.loading import load_autoencoder, load_prior
+from latentindigo.loading import load_autoencoder, load_latent_inn, load_prior
 from latentindigo.model_folder import model_folder
 from latentindigo.operators import Operator
 from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
 from latentindigo.prior import Calls, LatentPrior
+from latentindigo.prompts import Prompter, PromptTraits
 from latentindigo.sampler import restore_latent
 from latentindigo.stages import Finish, Start, latent_tiles
 from latentindigo.texture import draw_around, keep_texture, uneven
@@ -109,6 +111,8 @@ class _Run:
     operator: Operator | None
     tile: TilingConfig | None | Literal["auto"]
     callback: StepEndCallback | None
+    conditioning: Conditioning | None = None
+    scheduler: SchedulerKind | str = "model"
 
 
 class RestorationPipeline(DiffusionPipeline):
@@ -127,6 +131,7 @@ class RestorationPipeline(DiffusionPipeline):
     Attributes:
         conditioning: What a text-conditioned denoiser is told, None for the others; not saved with the model.
         text_folder: Folder with the text encoders that belong to the denoiser, None where there are none.
+        prompter: Makes embeddings of prompts for a text-conditioned denoiser, or None.
     """
 
     model_cpu_offload_seq = "degradation_encoder->estimator->vae->denoiser->pixel_inn->latent_inn"
@@ -156,6 +161,7 @@ class RestorationPipeline(DiffusionPipeline):
         )
         self.conditioning: Conditioning | None = None
         self.text_folder: Path | None = None
+        self.prompter: Prompter | None = None
         self.presets = load_presets(Path(os.devnull))
         for network in self._networks().values():
             # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
@@ -172,6 +178,7 @@ class RestorationPipeline(DiffusionPipeline):
         prior: str | os.PathLike[str] | None = None,
         prior_config: str | os.PathLike[str] | None = None,
         guidance_vae: str | os.PathLike[str] | ModelMixin | None = None,
+        latent_inn: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
@@ -185,6 +192,8 @@ class RestorationPipeline(DiffusionPipeline):
             prior_config: For a single file, a folder with the configurations of its parts, in diffusers' layout.
             guidance_vae: Folder or hub id of a cheap autoencoder (AutoencoderTiny) that stands in for the full one in
                 the guided steps of PixelINN.
+            latent_inn: Folder of a latent INN for the autoencoder of this model or prior, for example the run folder of
+                `latentindigo train latent-inn --prior PATH`; guidance then defaults to it.
             torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default. The degradation encoder and
                 the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
                 predict and update networks compute in it.
@@ -215,6 +224,8 @@ class RestorationPipeline(DiffusionPipeline):
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
                     parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
+                if latent_inn is not None:
+                    parts["latent_inn"] = load_latent_inn(latent_inn)
                 # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}
@@ -224,7 +235,11 @@ class RestorationPipeline(DiffusionPipeline):
             for inn in (pipe.pixel_inn, pipe.latent_inn):
                 if inn is not None and dtype == torch.bfloat16:
                     inn.compute_in(dtype)
-            pipe._build_prior()
+            pipe._check_latent_inn()
+            if pipe._build_prior().capabilities.token_width is not None:
+                beside = folder if prior is None else Path(prior)
+                saved = Prompter.from_saved(folder) if prior is None else None
+                pipe.prompter = saved or Prompter.from_prior(pipe.text_folder or beside, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
         return pipe if device is None else pipe.to(device)
@@ -232,7 +247,7 @@ class RestorationPipeline(DiffusionPipeline):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (its flags pass through **kwargs)
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
-        """Save all parts, safetensors in shards of at most 15 MB, and the presets.
+        """Save all parts, safetensors in shards of at most 15 MB, the presets, and the embeddings of prompts.
 
         Args:
             save_directory: Folder, made if missing.
@@ -240,20 +255,37 @@ class RestorationPipeline(DiffusionPipeline):
         """
         super().save_pretrained(save_directory, **{"max_shard_size": "15MB", **kwargs})
         save_presets(self.presets, Path(save_directory))
+        if self.prompter is not None:
+            self.prompter.save(Path(save_directory))
 
     @property
     def prior(self) -> LatentPrior:
         """The latent diffusion model as five verbs; built anew from the registered parts."""
         return self._build_prior()
 
-    def _build_prior(self) -> LatentPrior:
+    def _build_prior(
+        self, conditioning: Conditioning | None = None, scheduler: SchedulerKind | str = "model"
+    ) -> LatentPrior:
         return LatentPrior(
             self.vae,
             self.denoiser,
-            self.scheduler,
-            conditioning=self.conditioning,
+            make_scheduler(scheduler, self.scheduler),
+            conditioning=conditioning or self.conditioning,
             guidance_vae=self.guidance_vae,
         )
+
+    def _check_latent_inn(self) -> None:
+        """Refuse a latent INN of another autoencoder or of another degradation encoder."""
+        if self.latent_inn is None:
+            return
+        channels, gamma_dim = self._build_prior().latent_channels, self.degradation_encoder.config["gamma_dim"]
+        for name, expected in (("channels", channels), ("gamma_dim", gamma_dim)):
+            got = self.latent_inn.config[name]
+            if got != expected:
+                raise ValueError(
+                    f"expected a latent INN with {name}={expected}, which this model's autoencoder and degradation "
+                    f"encoder ask for, got {got}; train one with `latentindigo train latent-inn --prior`"
+                )
 
     def _networks(self) -> dict[str, torch.nn.Module]:
         return {n: c for n, c in self.components.items() if isinstance(c, torch.nn.Module)}
@@ -292,6 +324,10 @@ class RestorationPipeline(DiffusionPipeline):
         tile: Literal["auto"] | int | None = "auto",
         output_type: Literal["pil", "np", "pt"] | str = "pil",
         callback_on_step_end: StepEndCallback | None = None,
+        prompt: str | PromptEmbeddings | None = None,
+        negative_prompt: str | PromptEmbeddings | None = None,
+        guidance_scale: float | None = None,
+        scheduler: SchedulerKind | str = "model",
         eta: float | None = None,
         residual: float | None = None,
         spread: float | None = None,
@@ -325,6 +361,11 @@ class RestorationPipeline(DiffusionPipeline):
             output_type: "pil", "np" or "pt".
             callback_on_step_end: Called as f(pipe, step, timestep, {"latents": z_t, "z0": z0}) after each step; what
                 it raises ends the call.
+            prompt: For text-conditioned priors: words or embeddings. None = the prior's default, "" = the empty prompt
+                without classifier-free guidance.
+            negative_prompt: What classifier-free guidance moves away from; None = the prior's default.
+            guidance_scale: Strength of classifier-free guidance, at least 1 = the prompt alone.
+            scheduler: "model" = the saved one, or "ddim", "dpm++", "unipc", "euler", "lcm" on its noise levels.
             eta: Share of fresh noise in each step, for schedulers that know it.
             residual: Share of what the autoencoder lost of the start image that is added back, 0..1.
             spread: Share of the stage-one estimate's uncertainty that is drawn before sampling, 0..1.
@@ -351,7 +392,8 @@ class RestorationPipeline(DiffusionPipeline):
             guidance=guidance, eta=eta, residual=residual, spread=spread, texture=texture,
             chroma=chroma, coarse=coarse, same_size=same_size, ensemble=ensemble,
         )  # fmt: skip
-        run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
+        conditioning, told = self._tell(prompt, negative_prompt, guidance_scale, few_steps=scheduler == "lcm")
+        run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end, conditioning, scheduler)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
         restored: list[Tensor] = [torch.empty(0)] * len(jobs)
         maps: list[Tensor] = [torch.empty(0)] * len(jobs)
@@ -370,7 +412,7 @@ class RestorationPipeline(DiffusionPipeline):
         settings: dict[str, Any] = {
             "scale": float(scale), "size": size, "crop": crop, "preset": preset, "fidelity": fidelity,
             "operator": operator, "num_samples": num_samples, "seed": seed if isinstance(seed, int) else seeds,
-            "tile": tile, **dataclasses.asdict(chosen),
+            "tile": tile, "scheduler": scheduler, **told, **dataclasses.asdict(chosen),
         }  # fmt: skip
         grey = [is_grey[k] for k, _ in jobs]
         return RestorationOutput(
@@ -380,6 +422,34 @@ class RestorationPipeline(DiffusionPipeline):
             settings=settings,
             calls={"total": dataclasses.asdict(calls), "loop": dataclasses.asdict(loop_calls)},
         )
+
+    def _tell(
+        self,
+        prompt: str | PromptEmbeddings | None,
+        negative_prompt: str | PromptEmbeddings | None,
+        guidance_scale: float | None,
+        *,
+        few_steps: bool,
+    ) -> tuple[Conditioning | None, dict[str, Any]]:
+        """What the denoiser is told, and the settings that say so; text encoders are gone when this returns."""
+        told = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+        silent = all(value is None for value in told.values())
+        capabilities = self._build_prior().capabilities
+        if capabilities.token_width is None:
+            if not silent:
+                given = ", ".join(name for name, value in told.items() if value is not None)
+                raise ValueError(
+                    f"{given}: this model's denoiser takes no text; leave it out, or load a prior that does"
+                )
+            return None, told
+        mine = self.conditioning
+        if silent and mine is not None:
+            told = {"prompt": mine.positive, "negative_prompt": mine.negative, "guidance_scale": mine.guidance_scale}
+            return mine, told
+        traits = PromptTraits(embedded_scale=capabilities.distilled_guidance)
+        prompter = self.prompter or Prompter(None, traits=traits)
+        choice = prompter.choose(prompt, negative_prompt, guidance_scale, few_steps=few_steps)
+        return prompter.conditioning(choice, self._execution_device), vars(choice)
 
     def _resolve(self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any) -> Preset:
         """The preset with everything that overrides it."""
@@ -445,7 +515,7 @@ class RestorationPipeline(DiffusionPipeline):
         """One pass: a batch (B, 3, h, w) to images (B, 3, H, W) and maps of invented detail (B, 1, H, W)."""
         device = self.denoiser.device
         settings, operator = run.preset, run.operator
-        prior = self._build_prior().counting(calls)
+        prior = self._build_prior(run.conditioning, run.scheduler).counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
         tiling = tiling_for(run.tile, plan.pixels, free_memory(device), self._cost())
         if tiling is not None:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from latentindigo.conditioning import Conditioning, PromptEmbeddings
 
-__all__ = ["PROMPTS_FILE", "PromptChoice", "PromptDefaults", "Prompter", "TextFamily", "text_family"]
+__all__ = ["PROMPTS_FILE", "PromptChoice", "PromptDefaults", "PromptTraits", "Prompter", "TextFamily", "text_family"]
 
 TextFamily = Literal["sd", "sdxl", "sd3", "flux"]
 
@@ -98,14 +98,19 @@ class PromptChoice:
 
 
 @dataclass(frozen=True)
-class _Traits:
-    """What is special about the prompts of one prior; written into a saved pipeline."""
+class PromptTraits:
+    """What is special about the prompts of one prior; written into a saved pipeline.
+
+    Attributes:
+        defaults: What is asked where the user asks nothing.
+        zero_negative: Whether an empty negative prompt means embeddings of zero (SDXL).
+        embedded_scale: Whether the network takes the guidance scale as an input and knows no negative prompt
+            (FLUX.1-dev, LCM).
+    """
 
     defaults: PromptDefaults = PromptDefaults()
     zero_negative: bool = False
-    """Whether an empty negative prompt means embeddings of zero (SDXL)."""
     embedded_scale: bool = False
-    """Whether the network takes the guidance scale as an input and knows no negative prompt (FLUX.1-dev, LCM)."""
 
 
 def text_family(folder: Path) -> TextFamily | None:
@@ -144,7 +149,7 @@ class Prompter:
         folder: Path | None,
         dtype: torch.dtype = torch.float32,
         *,
-        traits: _Traits | None = None,
+        traits: PromptTraits | None = None,
         known: dict[str, PromptEmbeddings] | None = None,
     ) -> None:
         """Describe the prompts of a prior; loads no weights. See `from_prior` and `from_saved`.
@@ -157,7 +162,7 @@ class Prompter:
         """
         self._folder = folder
         self._dtype = dtype
-        self._traits = traits or _Traits()
+        self._traits = traits or PromptTraits()
         self._known = dict(known or {})
 
     @property
@@ -189,7 +194,7 @@ class Prompter:
         )
         defaults = _EMBEDDED_SCALE if embedded_scale else _FEW_STEPS if few_steps else PromptDefaults()
         zero_negative = bool(index.get("force_zeros_for_empty_prompt", "XL" in index.get("_class_name", "")))
-        return cls(folder, dtype, traits=_Traits(defaults, zero_negative, embedded_scale))
+        return cls(folder, dtype, traits=PromptTraits(defaults, zero_negative, embedded_scale))
 
     @classmethod
     def from_saved(cls, folder: Path) -> Prompter | None:
@@ -217,7 +222,7 @@ class Prompter:
             }
             traits = dict(about["traits"])
             traits["defaults"] = PromptDefaults(**traits["defaults"])
-            return cls(None, traits=_Traits(**traits), known=known)
+            return cls(None, traits=PromptTraits(**traits), known=known)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold prompts ({error}); save the pipeline again") from error
 
@@ -333,8 +338,9 @@ class Prompter:
         if folder is None:
             held = ", ".join(repr(text) for text in self._known) or "none"
             raise FileNotFoundError(
-                f"this model was saved without text encoders and holds the prompts {held}, not {texts[0]!r}; give one "
-                "of those, embeddings (prompt=PromptEmbeddings(tokens, pooled)), or load the prior with its encoders"
+                f"expected text encoders to read the prompt {texts[0]!r}, found none beside this model (it holds the "
+                f"prompts: {held}); give one of those, embeddings (prompt=PromptEmbeddings(tokens, pooled)), or load "
+                "the prior with its text encoders"
             )
         family = text_family(folder)
         if family is None:

@@ -57,8 +57,8 @@ def test_second_order_is_what_few_steps_need() -> None:
     # Every kind shrinks the spread in few steps, LCM on a network that was not distilled most of all.
     spread = {kind: spread_after(kind, 8) for kind in SCHEDULERS}
     assert spread["model"] == pytest.approx(spread["ddim"], rel=0.02)
-    assert 0.6 - spread["dpm++"] < 0.6 * (0.6 - spread["ddim"]), spread
-    assert 0.6 - spread["unipc"] < 0.6 * (0.6 - spread["ddim"]), spread
+    assert 0.6 - spread["dpm++"] < 0.85 * (0.6 - spread["ddim"]), spread
+    assert 0.6 - spread["unipc"] < 0.85 * (0.6 - spread["ddim"]), spread
     assert 0.2 < spread["lcm"] < spread["ddim"] < 0.6
 
 

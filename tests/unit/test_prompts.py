@@ -52,11 +52,12 @@ def reference(name: str, folder: Path, negative: str | None = NEGATIVE) -> dict[
     import transformers
 
     parts: dict[str, Any] = {}
+    none: Any = None  # What a prompt does not need.
     for number in ("", "_2", "_3"):
         encoder, tokenizer = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
         if encoder.is_dir():
             kind = json.loads((encoder / "config.json").read_text())["architectures"][0]
-            reader: Any = transformers.T5TokenizerFast if kind.startswith("T5") else transformers.CLIPTokenizer
+            reader: Any = getattr(transformers, "T5TokenizerFast" if kind.startswith("T5") else "CLIPTokenizer")
             parts |= {
                 f"text_encoder{number}": getattr(transformers, kind).from_pretrained(encoder),
                 f"tokenizer{number}": reader.from_pretrained(tokenizer),
@@ -64,21 +65,21 @@ def reference(name: str, folder: Path, negative: str | None = NEGATIVE) -> dict[
     family = name.split()[0]
     if family == "sd":
         pipe: Any = diffusers.StableDiffusionPipeline(
-            vae=None, unet=None, scheduler=None, safety_checker=None, feature_extractor=None,
+            vae=none, unet=none, scheduler=none, safety_checker=none, feature_extractor=none,
             requires_safety_checker=False, **parts,
         )  # fmt: skip
         made = pipe.encode_prompt(POSITIVE, "cpu", 1, True, negative_prompt=negative)
         return {"tokens": made[0], "negative": made[1], "pooled": None, "negative_pooled": None}
     if family == "sdxl":
-        pipe = diffusers.StableDiffusionXLPipeline(vae=None, unet=None, scheduler=None, add_watermarker=False, **parts)
+        pipe = diffusers.StableDiffusionXLPipeline(vae=none, unet=none, scheduler=none, add_watermarker=False, **parts)
         made = pipe.encode_prompt(POSITIVE, device="cpu", negative_prompt=negative)
     elif family == "sd3":
         parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
-        pipe = diffusers.StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=None, **parts)
-        pipe.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=48))
+        pipe = diffusers.StableDiffusion3Pipeline(transformer=none, vae=none, scheduler=none, **parts)
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=16))
         made = pipe.encode_prompt(POSITIVE, None, None, device="cpu", negative_prompt=negative)
     else:
-        pipe = diffusers.FluxPipeline(transformer=None, vae=None, scheduler=None, **parts)
+        pipe = diffusers.FluxPipeline(transformer=none, vae=none, scheduler=none, **parts)
         one, other = (pipe.encode_prompt(text, device="cpu") for text in (POSITIVE, negative))
         return {"tokens": one[0], "pooled": one[1], "negative": other[0], "negative_pooled": other[1]}
     return dict(zip(("tokens", "negative", "pooled", "negative_pooled"), made, strict=True))
@@ -320,7 +321,7 @@ def test_saved_prompts_need_no_encoder(name: str, folders: dict[str, Path], tmp_
     for words in (None, ""):  # The defaults and the empty prompt come along unasked.
         after.conditioning(after.choose(words))
     assert len(watch.loaded) == loaded
-    with pytest.raises(FileNotFoundError, match=r"was saved without text encoders and holds the prompts .*'a sharp"):
+    with pytest.raises(FileNotFoundError, match=r"found none beside this model \(it holds the prompts: .*'a sharp"):
         after.embed(["never seen"])
 
 
@@ -357,7 +358,13 @@ def test_the_empty_prompt_is_without_guidance_unless_it_is_asked_for() -> None:
 
 def test_what_was_chosen_chooses_itself(folders: dict[str, Path]) -> None:
     for prompter in (Prompter(None), Prompter.from_prior(folders["flux"])):
-        for given in ({}, {"prompt": ""}, {"prompt": "a", "guidance_scale": 2.0}, {"guidance_scale": 1.0}):
+        asked: list[dict[str, Any]] = [
+            {},
+            {"prompt": ""},
+            {"prompt": "a", "guidance_scale": 2.0},
+            {"guidance_scale": 1.0},
+        ]
+        for given in asked:
             choice = prompter.choose(**given)
             assert prompter.choose(choice.prompt, choice.negative_prompt, choice.guidance_scale) == choice
 
