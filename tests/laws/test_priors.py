@@ -23,6 +23,7 @@ from latentindigo.loading import PriorParts, load_prior
 from latentindigo.pipeline import RestorationPipeline
 from latentindigo.prior import LatentPrior
 from latentindigo.sampler import restore_latent
+from tolerances import assert_close
 
 NAMES = tuple(FAMILIES)
 TEXT_NAMES = tuple(name for name, family in FAMILIES.items() if family.tokens)
@@ -238,7 +239,7 @@ def test_the_unguided_loop_equals_the_familys_own_pipeline(
 # --- restoring ------------------------------------------------------------------------------------------------------
 
 
-def photo(side: int = 12) -> Tensor:
+def photo(side: int = 8) -> Tensor:
     """A small picture with an edge, a ramp and some grain."""
     ramp = torch.linspace(0.2, 0.8, side).expand(3, side, side).clone()
     ramp[:, side // 2 :, : side // 3] = 0.9
@@ -280,11 +281,13 @@ def test_a_restoration_is_guided_and_survives_saving(
     name: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = loaded(folders(name), name)
-    settings: dict[str, Any] = {"scale": 4, "steps": STEPS, "output_type": "pt", "update": "stopped"}
+    # A step that is small enough for random networks; they are nothing like the flat landscape of trained ones.
+    guidance = GuidanceConfig(zeta=0.02)
+    settings: dict[str, Any] = {"scale": 4, "output_type": "pt", "update": "stopped", "guidance": guidance}
     spy = Spy(monkeypatch)
-    result = pipe(photo(), **settings, guidance=GuidanceConfig(zeta=0.02), callback_on_step_end=spy)
+    result = pipe(photo(), **settings, steps=STEPS, callback_on_step_end=spy)
     assert result.settings["method"] == "pixel-inn"
-    assert result.images[0].shape == (3, 48, 48)
+    assert result.images[0].shape == (3, 32, 32)
     assert result.images[0].isfinite().all()
     assert result.images[0].std() > 0.01
     assert len(spy.before) == len(spy.after) == STEPS
@@ -297,4 +300,5 @@ def test_a_restoration_is_guided_and_survives_saving(
     again.conditioning = pipe.conditioning
     assert again.weights_hash() == pipe.weights_hash()
     settings["steps"] = 2
-    assert torch.equal(again(photo(), **settings).images[0], pipe(photo(), **settings).images[0])
+    # Loaded weights may lie elsewhere in memory, which can move the last bit of a sum.
+    assert_close(again(photo(), **settings).images[0], pipe(photo(), **settings).images[0])
