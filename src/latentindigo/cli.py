@@ -466,6 +466,7 @@ def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
         "latentindigo train estimator photos/ --out runs/estimator",
         "latentindigo train denoiser photos/ --recipe my-denoiser.toml --out runs/denoiser --resume",
         "latentindigo train latent-inn photos/ --out runs/latent-inn --init-from embedded --steps 2000",
+        "latentindigo train latent-inn photos/ --out runs/sd --prior stable-diffusion/",
     ),
 )
 def train(
@@ -499,6 +500,14 @@ def train(
         typer.Option(
             metavar="MODEL",
             help="Start from a model's weights: 'embedded', a folder, or a hub id.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="latent-inn only: train for the autoencoder of this latent diffusion model, a folder or a hub id.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -544,6 +553,7 @@ def train(
             overrides={} if steps is None else {"steps": steps},
             device=device,
             progress=True,
+            prior=prior,
         )
     typer.echo(str(final))
 
