@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -23,9 +23,19 @@ from diffusers import (
 
 from latentindigo.conditioning import Conditioning, PromptEmbeddings
 
-__all__ = ["FAMILIES", "FACTOR", "Family", "autoencoder", "build", "tiny_autoencoder", "tokens_for"]
+__all__ = [
+    "FAMILIES",
+    "POOLED_WIDTH",
+    "TOKEN_WIDTH",
+    "Family",
+    "build",
+    "flux_transformer",
+    "text_unet",
+    "tiny_autoencoder",
+    "tokens_for",
+    "xl_unet",
+]
 
-FACTOR = 4
 TOKENS = 5
 TOKEN_WIDTH, POOLED_WIDTH = 16, 12
 
@@ -53,7 +63,8 @@ class Family:
 
 def autoencoder(shift: float | None = None, scale: float = 0.18215) -> AutoencoderKL:
     """A KL autoencoder of factor 4 with 4 channels."""
-    return AutoencoderKL(
+    kind: Any = AutoencoderKL  # Its signature says that there is one block.
+    return kind(
         block_out_channels=(8, 8, 8),
         layers_per_block=1,
         norm_num_groups=4,
@@ -61,7 +72,7 @@ def autoencoder(shift: float | None = None, scale: float = 0.18215) -> Autoencod
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         scaling_factor=scale,
-        shift_factor=shift,  # pyright: ignore[reportArgumentType]  (None is its default)
+        shift_factor=shift,
         sample_size=32,
     )
 
@@ -166,7 +177,9 @@ def flux_transformer(guidance: bool = True) -> FluxTransformer2DModel:
     )
 
 
-def ddim(kind: str, spacing: str = "leading") -> DDIMScheduler:
+def ddim(
+    kind: Literal["epsilon", "v_prediction"], spacing: Literal["leading", "trailing"] = "leading"
+) -> DDIMScheduler:
     """Stable Diffusion's noise levels."""
     return DDIMScheduler(
         beta_start=0.00085,

@@ -1,4 +1,4 @@
-"""Loading another latent diffusion model: a folder in diffusers' layout, a model of the hub, or one `.safetensors` file.
+"""Loading another latent diffusion model: a folder in diffusers' layout, a model of the hub, a `.safetensors` file.
 
 Everything goes through diffusers' own loaders (`from_pretrained`, `from_single_file`). Weights are read from
 safetensors only: a pickle runs code when it is opened.
@@ -61,8 +61,8 @@ def load_prior(
     """Load a latent diffusion model.
 
     Args:
-        source: A folder in diffusers' layout, a hub id "user/repo", or a `.safetensors` file that holds a whole model in
-            the keys of its original code.
+        source: A folder in diffusers' layout, a hub id "user/repo", or a `.safetensors` file that holds a whole model
+            in the keys of its original code.
         config: For a file: a folder in diffusers' layout with the configurations of the parts (weights are not needed).
             None asks the hub for the usual ones of the model that the file seems to be.
         dtype: Dtype of the networks.
@@ -210,8 +210,8 @@ def _load_scheduler(folder: Path) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     # Stable Diffusion 1.x ships with it; DDIM walks the same noise levels with one evaluation per step.
     warnings.warn(
-        "PNDMScheduler mixes evaluations of several steps, which guidance cannot act on; DDIMScheduler is used with its "
-        "noise levels",
+        "PNDMScheduler mixes evaluations of several steps, which guidance cannot act on; DDIMScheduler is used with "
+        "its noise levels",
         stacklevel=2,
     )
     config = dict(kind.load_config(folder, local_files_only=True))
@@ -294,7 +294,7 @@ def _usual_config(file: Path, weights: dict[str, torch.Tensor]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise FileNotFoundError(
-            f"{file.name!r} holds weights without configurations, and the hub could not provide those of {repository!r} "
-            f"({type(error).__name__}); give a folder with vae, unet (or transformer) and scheduler configurations as "
-            "prior_config (--prior-config FOLDER)"
+            f"{file.name!r} holds weights without configurations, and the hub could not provide those of "
+            f"{repository!r} ({type(error).__name__}); give a folder with vae, unet (or transformer) and scheduler "
+            "configurations as prior_config (--prior-config FOLDER)"
         ) from error

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import FAMILIES, autoencoder, build, tiny_autoencoder, tokens_for
+from families import FAMILIES, build, tokens_for
+from latentindigo.backbones import Backbone, FluxTransformer, SDXLUNet
 from latentindigo.conditioning import Conditioning
 from latentindigo.guidance import DataTerm, GuidanceConfig, PixelINN, Regulariser
 from latentindigo.loading import PriorParts, load_prior
@@ -140,14 +141,60 @@ def stock_loop(name: str, prior: LatentPrior, told: Conditioning | None) -> Tens
     return z
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_unguided_loop_is_the_stock_scheduler_loop_bit_for_bit(name: str, folders: Callable[[str], Path]) -> None:
-    # FLUX.1-dev is told the scale and runs once; the others run negative and positive side by side.
-    told = tokens_for(name, negative=name != "flux")
-    prior = prior_of(folders(name), told)
+def check_stock_loop(name: str, prior: LatentPrior, told: Conditioning | None) -> None:
+    """The unguided loop is the stock scheduler loop, bit for bit."""
     want = stock_loop(name, prior, told)
-    assert torch.equal(unguided(prior, 1.0), want)
     assert want.isfinite().all()
+    assert torch.equal(unguided(prior, 1.0), want)
+
+
+def told_to(name: str, seed: int = 7) -> Conditioning | None:
+    """FLUX.1-dev is told the scale and runs once; the others run negative and positive side by side."""
+    return tokens_for(name, seed=seed, negative=name != "flux")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_unguided_loop_is_the_stock_scheduler_loop(name: str, folders: Callable[[str], Path]) -> None:
+    told = told_to(name)
+    check_stock_loop(name, prior_of(folders(name), told), told)
+
+
+def turned(self: FluxTransformer, network: Any, z: Tensor, *rest: Any) -> Tensor:
+    """FLUX on a picture that lies on its side."""
+    return RUN_FLUX(self, network, z.mT, *rest).mT
+
+
+RUN_FLUX, TOKENS_OF, POOLED_OF, SIZES_OF = (
+    FluxTransformer._run,
+    Backbone._tokens,
+    Backbone._pooled,
+    SDXLUNet._added,
+)
+DEFECTS: dict[str, tuple[str, Any, str, Any]] = {
+    "negative and positive exchanged": (
+        "sd15", Backbone, "_tokens", staticmethod(lambda z, prompts: TOKENS_OF(z, prompts[::-1])),
+    ),
+    "pooled embeddings exchanged": (
+        "sd3", Backbone, "_pooled", staticmethod(lambda z, prompts: POOLED_OF(z, prompts[::-1])),
+    ),
+    "height and width exchanged": (
+        "sdxl", SDXLUNet, "_added", lambda self, z, prompts, canvas: SIZES_OF(self, z, prompts, canvas[::-1]),
+    ),
+    "positions of another picture": ("flux", FluxTransformer, "_run", turned),
+    "the scheduler's uneven grid": ("flux-schnell", FluxTransformer, "even_grid", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_family_that_is_told_something_else_is_seen(
+    defect: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, owner, attribute, replacement = DEFECTS[defect]
+    told = told_to(name)
+    prior = prior_of(folders(name), told)
+    monkeypatch.setattr(owner, attribute, replacement)
+    with pytest.raises(AssertionError):
+        check_stock_loop(name, prior, told)
 
 
 # --- diffusers' own pipelines ---------------------------------------------------------------------------------------
@@ -212,28 +259,39 @@ def halfway(scheduler: Any) -> float:
     return sigma / math.hypot(1 - sigma, sigma)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["from the start image", "from noise"])
-@pytest.mark.parametrize("name", TEXT_NAMES)
-def test_the_unguided_loop_equals_the_familys_own_pipeline(
-    name: str, whole: bool, folders: Callable[[str], Path]
-) -> None:
+def check_own_pipeline(name: str, prior: LatentPrior, told: Conditioning, whole: bool) -> None:
     """The last ten of twenty even steps from a start image, or the pipeline's own ten steps from noise."""
-    told = tokens_for(name, negative=name != "flux")
-    assert told is not None
-    prior = prior_of(folders(name), told)
-    if not whole and hasattr(prior.scheduler, "alphas_cumprod"):
-        prior.scheduler.register_to_config(timestep_spacing="trailing")
     strength = 1.0 if whole else halfway(prior.scheduler)
     start, _ = start_and_noise()
     if prior.trajectory(STEPS, strength, latent_size=(HEIGHT, WIDTH)).pure_noise:
         start = torch.zeros_like(start)
     want = sampled(name, prior, told, start, STEPS if whole else 2 * STEPS, 1.0 if whole else 0.5)
-    got = unguided(prior, strength)
-    assert float((got - want).abs().max()) <= CLOSE
-    # What it is told matters to what was compared.
-    other = prior_of(folders(name), tokens_for(name, seed=8, negative=name != "flux"))
-    other.scheduler.register_to_config(**prior.scheduler.config)
-    assert float((unguided(other, strength) - got).abs().max()) > 10 * CLOSE
+    assert float((unguided(prior, strength) - want).abs().max()) <= CLOSE
+
+
+def pipeline_case(name: str, folder: Path, whole: bool, seed: int = 7) -> tuple[LatentPrior, Conditioning]:
+    told = told_to(name, seed)
+    assert told is not None
+    prior = prior_of(folder, told)
+    if not whole and hasattr(prior.scheduler, "alphas_cumprod"):
+        prior.scheduler.register_to_config(timestep_spacing="trailing")
+    return prior, told
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["from the start image", "from noise"])
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_the_unguided_loop_equals_the_familys_own_pipeline(
+    name: str, whole: bool, folders: Callable[[str], Path]
+) -> None:
+    check_own_pipeline(name, *pipeline_case(name, folders(name), whole), whole)
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES)
+def test_another_prompt_is_seen_to_differ(name: str, folders: Callable[[str], Path]) -> None:
+    prior, _ = pipeline_case(name, folders(name), False)
+    _, other = pipeline_case(name, folders(name), False, seed=8)
+    with pytest.raises(AssertionError):
+        check_own_pipeline(name, prior, other, False)
 
 
 # --- restoring ------------------------------------------------------------------------------------------------------
@@ -276,22 +334,40 @@ class Spy:
             self.after.append(float(self.data.loss(tensors["z0"]).sum()))
 
 
+def check_data_term_falls(spy: Spy) -> None:
+    """In each of the steps the guided estimate agrees better with the measurement than the one it replaced."""
+    assert len(spy.before) == len(spy.after) == STEPS
+    assert all(after < before for before, after in zip(spy.before, spy.after, strict=True))
+
+
+def check_same_picture(pipe: RestorationPipeline, other: RestorationPipeline) -> None:
+    """Two pipelines give the same picture."""
+    # Loaded weights may lie elsewhere in memory, which can move the last bit of a sum.
+    first, second = (p(photo(), **SETTINGS, steps=2).images[0] for p in (pipe, other))
+    assert_close(first, second)
+
+
+# A step that is small enough for random networks; they are nothing like the flat landscape of trained ones.
+SETTINGS: dict[str, Any] = {
+    "scale": 4,
+    "output_type": "pt",
+    "update": "stopped",
+    "guidance": GuidanceConfig(zeta=0.02),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_restoration_is_guided_and_survives_saving(
     name: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = loaded(folders(name), name)
-    # A step that is small enough for random networks; they are nothing like the flat landscape of trained ones.
-    guidance = GuidanceConfig(zeta=0.02)
-    settings: dict[str, Any] = {"scale": 4, "output_type": "pt", "update": "stopped", "guidance": guidance}
     spy = Spy(monkeypatch)
-    result = pipe(photo(), **settings, steps=STEPS, callback_on_step_end=spy)
+    result = pipe(photo(), **SETTINGS, steps=STEPS, callback_on_step_end=spy)
     assert result.settings["method"] == "pixel-inn"
     assert result.images[0].shape == (3, 32, 32)
     assert result.images[0].isfinite().all()
     assert result.images[0].std() > 0.01
-    assert len(spy.before) == len(spy.after) == STEPS
-    assert all(after < before for before, after in zip(spy.before, spy.after, strict=True))
+    check_data_term_falls(spy)
 
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -299,6 +375,20 @@ def test_a_restoration_is_guided_and_survives_saving(
     again = RestorationPipeline.from_pretrained(tmp_path)
     again.conditioning = pipe.conditioning
     assert again.weights_hash() == pipe.weights_hash()
-    settings["steps"] = 2
-    # Loaded weights may lie elsewhere in memory, which can move the last bit of a sum.
-    assert_close(again(photo(), **settings).images[0], pipe(photo(), **settings).images[0])
+    check_same_picture(pipe, again)
+
+
+def test_guidance_that_climbs_and_another_prompt_are_seen(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = loaded(folders("sd15"), "sd15")
+    other = loaded(folders("sd15"), "sd15")
+    other.conditioning = tokens_for("sd15", seed=8)
+    with pytest.raises(AssertionError):
+        check_same_picture(pipe, other)
+    descent = PixelINN.descent
+    monkeypatch.setattr(PixelINN, "descent", lambda data, z0, gain: -descent(data, z0, gain))
+    spy = Spy(monkeypatch)
+    pipe(photo(), **SETTINGS, steps=STEPS, callback_on_step_end=spy)
+    with pytest.raises(AssertionError):
+        check_data_term_falls(spy)
