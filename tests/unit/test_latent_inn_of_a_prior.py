@@ -82,7 +82,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[int, 
 
 def write_recipe(path: Path, base: Path, **changes: Any) -> Path:
     settings: dict[str, Any] = {
-        "steps": 50, "batch_size": 2, "crop": 32, "learning_rate": 0.01, "warmup": 5, "bf16": False,
+        "steps": 50, "batch_size": 2, "crop": 32, "learning_rate": 0.002, "warmup": 5, "bf16": False,
         "log_every": 1, "save_every": 2, "sample_every": 100,
     }  # fmt: skip
     model = changes.pop("model", INN)
@@ -99,21 +99,21 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(
     photos: Path, priors: dict[int, Path], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """Runs of 50 steps: with 4 and 16 latent channels, and "still" with 16 and next to no learning rate."""
+) -> dict[int, Path]:
+    """Runs of 50 steps, by the number of latent channels."""
     root = tmp_path_factory.mktemp("runs")
     found = {}
-    for name, channels, rate in (("4", 4, 0.002), ("16", 16, 0.002), ("still", 16, 1e-9)):
-        recipe = write_recipe(root / f"{name}.toml", tiny_model, learning_rate=rate)
-        found[name] = root / name
-        train("latent-inn", photos, recipe, found[name], device="cpu", progress=False, prior=str(priors[channels]))
+    for channels in priors:
+        recipe = write_recipe(root / f"{channels}.toml", tiny_model)
+        found[channels] = root / str(channels)
+        train("latent-inn", photos, recipe, found[channels], device="cpu", progress=False, prior=str(priors[channels]))
         AcceleratorState._reset_state(reset_partial_state=True)
     return found
 
 
 @pytest.mark.parametrize("channels", [4, 16])
-def test_fifty_steps_lower_the_loss(channels: int, runs: dict[str, Path]) -> None:
-    run = runs[str(channels)]
+def test_fifty_steps_lower_the_loss(channels: int, runs: dict[int, Path]) -> None:
+    run = runs[channels]
     seen = losses(run)
     assert len(seen) == 50
     assert np.mean(seen[-10:]) < 0.9 * np.mean(seen[:10])
@@ -121,9 +121,21 @@ def test_fifty_steps_lower_the_loss(channels: int, runs: dict[str, Path]) -> Non
     assert json.loads((run / "settings.json").read_text())["objective"]["prior"].endswith(f"prior{channels}")
 
 
-def test_it_is_learning_that_lowers_the_loss(runs: dict[str, Path]) -> None:
-    # On the very same samples.
-    assert np.mean(losses(runs["16"])[-10:]) < 0.9 * np.mean(losses(runs["still"])[-10:])
+@torch.no_grad()
+def test_it_is_learning_that_lowers_the_loss(
+    runs: dict[int, Path], photos: Path, priors: dict[int, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    config: Any = load_recipe("latent-inn", write_recipe(tmp_path / "r.toml", tiny_model))
+    folder = PhotoFolder(photos)
+    for channels, prior in priors.items():
+        objective = OBJECTIVES["latent-inn"](INN, {"base": str(tiny_model), "prior": str(prior), "inverse_weight": 0.1})
+        objective.prepare(folder, config.seed)
+        batches = [objective.batch(folder, config, range(n, n + 2)) for n in range(200, 216, 2)]
+        before = np.mean([float(objective(batch)["loss"]) for batch in batches])
+        objective.load_weights(str(runs[channels] / "final"))
+        after = np.mean([float(objective(batch)["loss"]) for batch in batches])
+        # On samples that the run has not drawn.
+        assert after < 0.95 * before, (channels, before, after)
 
 
 def test_the_loss_is_taken_on_scaled_latents(priors: dict[int, Path], tiny_model: Path) -> None:
@@ -175,10 +187,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 
 @pytest.mark.parametrize("channels", [4, 16])
 def test_the_trained_network_restores(
-    channels: int, runs: dict[str, Path], priors: dict[int, Path], tiny_model: Path, tmp_path: Path
+    channels: int, runs: dict[int, Path], priors: dict[int, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     y = torch.rand(3, 12, 16)
-    pipe = RestorationPipeline.from_pretrained(tiny_model, prior=priors[channels], latent_inn=runs[str(channels)])
+    pipe = RestorationPipeline.from_pretrained(tiny_model, prior=priors[channels], latent_inn=runs[channels])
     result = pipe(y, output_type="pt", steps=2)
     assert result.settings["method"] == "latent-inn"
     assert result.images[0].shape == (3, 48, 64)
@@ -193,12 +205,12 @@ def test_the_trained_network_restores(
 
 
 def test_a_network_for_other_latents_is_refused(
-    runs: dict[str, Path], priors: dict[int, Path], tiny_model: Path
+    runs: dict[int, Path], priors: dict[int, Path], tiny_model: Path
 ) -> None:
     with pytest.raises(ModelLoadError, match="expected a latent INN with channels=16, .* got 4; train one with"):
-        RestorationPipeline.from_pretrained(tiny_model, prior=priors[16], latent_inn=runs["4"])
+        RestorationPipeline.from_pretrained(tiny_model, prior=priors[16], latent_inn=runs[4])
     with pytest.raises(ModelLoadError, match="expected a latent INN with gamma_dim=64, .* got 8"):
-        RestorationPipeline.from_pretrained("embedded", prior=priors[4], latent_inn=runs["4"])
+        RestorationPipeline.from_pretrained("embedded", prior=priors[4], latent_inn=runs[4])
 
 
 def test_a_folder_without_the_network_is_refused(tiny_model: Path, photos: Path) -> None:
