@@ -289,7 +289,7 @@ def load_pipeline(
         prior=prior,
         prior_config=prior_config,
         guidance_vae=guidance_vae,
-        latent_inn=latent_inn,
+        latent_inn=latent_inn or "model",
         torch_dtype=torch_dtype,
         device=place,
     )

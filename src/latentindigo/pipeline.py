@@ -178,7 +178,7 @@ class RestorationPipeline(DiffusionPipeline):
         prior: str | os.PathLike[str] | None = None,
         prior_config: str | os.PathLike[str] | None = None,
         guidance_vae: str | os.PathLike[str] | ModelMixin | None = None,
-        latent_inn: str | os.PathLike[str] | None = None,
+        latent_inn: str | os.PathLike[str] | InvertibleNet | None = "model",
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
@@ -192,8 +192,9 @@ class RestorationPipeline(DiffusionPipeline):
             prior_config: For a single file, a folder with the configurations of its parts, in diffusers' layout.
             guidance_vae: Folder or hub id of a cheap autoencoder (AutoencoderTiny) that stands in for the full one in
                 the guided steps of PixelINN.
-            latent_inn: Folder of a latent INN for the autoencoder of this model or prior, for example the run folder of
-                `latentindigo train latent-inn --prior PATH`; guidance then defaults to it.
+            latent_inn: Latent INN for the autoencoder of this model or prior, or its folder, for example the run folder
+                of `latentindigo train latent-inn --prior PATH`; guidance then defaults to it. "model" = the saved one,
+                none for another prior; None = none.
             torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default. The degradation encoder and
                 the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
                 predict and update networks compute in it.
@@ -224,8 +225,9 @@ class RestorationPipeline(DiffusionPipeline):
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
                     parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
-                if latent_inn is not None:
-                    parts["latent_inn"] = load_latent_inn(latent_inn)
+                if latent_inn != "model":
+                    is_path = isinstance(latent_inn, (str, os.PathLike))
+                    parts["latent_inn"] = load_latent_inn(latent_inn) if is_path else latent_inn
                 # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}

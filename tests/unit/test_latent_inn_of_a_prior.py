@@ -148,7 +148,7 @@ def test_the_loss_is_taken_on_scaled_latents(priors: dict[int, Path], tiny_model
     shift, scale = objective.vae.config.shift_factor, objective.vae.config.scaling_factor
     assert abs(shift) > 1e-3
     assert_close(z, (raw - shift) * scale)
-    assert float(z.std()) == pytest.approx(1.0, rel=0.5)
+    assert 0.5 < float(z.std()) < 2
     assert_close(decode_latents(objective.vae, z), (objective.vae.decode(raw).sample + 1) / 2)
     pipe = RestorationPipeline.from_pretrained(tiny_model, prior=priors[16])
     assert_close(pipe.prior.encode(x), z)
