@@ -141,6 +141,14 @@ def restore(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    latent_inn: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Latent network for the prior's autoencoder, from `latentindigo train latent-inn --prior`.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     preset: Annotated[
         Literal["faithful", "default", "vivid"],
         typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=QUALITY),
@@ -191,6 +199,35 @@ def restore(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What a prior that takes text is asked for; '' asks for nothing, without guidance by text.",
+            show_default="a sharp photograph",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What it is to keep away from.",
+            show_default="blur, noise and the like",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            min=1,
+            max=50,
+            help="How strongly text guides; 1 = the prompt alone, in half of the time.",
+            show_default="the prior's",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     num_samples: Annotated[
         int,
         typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=QUALITY),
@@ -212,6 +249,14 @@ def restore(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    scheduler: Annotated[
+        Literal["model", "ddim", "dpm++", "unipc", "euler", "lcm"],
+        typer.Option(
+            help="How to go from step to step: as the model was saved, or dpm++ or unipc for 4 to 10 steps, lcm for "
+            "networks made for it.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "model",
     tile: Annotated[
         Any,
         typer.Option(
@@ -326,6 +371,10 @@ def restore(
             num_samples=num_samples,
             seed=seed,
             tile=tile,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
         )
         tasks = plan_tasks(
             photos,
@@ -348,6 +397,7 @@ def restore(
                 prior=prior,
                 prior_config=prior_config,
                 guidance_vae=guidance_vae,
+                latent_inn=latent_inn,
                 dtype=dtype,
                 device=device,
                 compiled=compiled,
@@ -452,6 +502,7 @@ def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
         "latentindigo train estimator photos/ --out runs/estimator",
         "latentindigo train denoiser photos/ --recipe my-denoiser.toml --out runs/denoiser --resume",
         "latentindigo train latent-inn photos/ --out runs/latent-inn --init-from embedded --steps 2000",
+        "latentindigo train latent-inn photos/ --out runs/sd --prior stable-diffusion/",
     ),
 )
 def train(
@@ -485,6 +536,14 @@ def train(
         typer.Option(
             metavar="MODEL",
             help="Start from a model's weights: 'embedded', a folder, or a hub id.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="latent-inn only: train for the autoencoder of this latent diffusion model, a folder or a hub id.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -530,6 +589,7 @@ def train(
             overrides={} if steps is None else {"steps": steps},
             device=device,
             progress=True,
+            prior=prior,
         )
     typer.echo(str(final))
 

@@ -47,11 +47,12 @@ MAP_GAIN = 4.0
 
 OFFLOADS = ("none", "model", "sequential")
 
-# As in presets.py and guidance.py, whose import costs seconds; a test compares them.
+# As in presets.py, guidance.py and few_steps.py, whose import costs seconds; a test compares them.
 _PRESETS = ("faithful", "default", "vivid")
 _METHODS = (None, "latent-inn", "pixel-inn", "unguided")
 _UPDATES = (None, "projection", "stopped", "through")
 _INITS = (None, "estimator", "encode", "inverse", "noise")
+_SCHEDULERS = ("model", "ddim", "dpm++", "unipc", "euler", "lcm")
 
 # What reading, restoring and writing one picture may raise because of that picture or its place on the disk. Anything
 # else is a mistake in this package, and its traceback must reach the user.
@@ -76,6 +77,10 @@ class RestoreSettings:
         num_samples: Results for each picture.
         seed: Seed of the first result; sample k uses seed + k.
         tile: "auto", "off", or the side of a tile in output pixels.
+        prompt: Prompt of a text-conditioned prior, None for the prior's default.
+        negative_prompt: Its negative prompt, likewise.
+        guidance_scale: Strength of classifier-free guidance, 1 to 50.
+        scheduler: "model", "ddim", "dpm++", "unipc", "euler" or "lcm".
     """
 
     scale: float = 4.0
@@ -91,9 +96,19 @@ class RestoreSettings:
     num_samples: int = 1
     seed: int = 0
     tile: str | int = "auto"
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    scheduler: str = "model"
 
     def __post_init__(self) -> None:
-        for name, choices in (("preset", _PRESETS), ("method", _METHODS), ("update", _UPDATES), ("init", _INITS)):
+        for name, choices in (
+            ("preset", _PRESETS),
+            ("method", _METHODS),
+            ("update", _UPDATES),
+            ("init", _INITS),
+            ("scheduler", _SCHEDULERS),
+        ):
             if getattr(self, name) not in choices:
                 named = ", ".join(choice for choice in choices if choice is not None)
                 raise ValueError(f"{name}: expected one of {named}, got {getattr(self, name)!r}")
@@ -103,6 +118,7 @@ class RestoreSettings:
             ("strength", 0, 1),
             ("fidelity", 0, 1),
             ("num_samples", 1, 64),
+            ("guidance_scale", 1, 50),
             ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
@@ -213,6 +229,10 @@ class Restorer(Protocol):
         num_samples: int,
         seed: int,
         tile: Any,
+        prompt: Any,
+        negative_prompt: Any,
+        guidance_scale: float | None,
+        scheduler: Any,
         output_type: Any,
         callback_on_step_end: Any,
     ) -> Restoration:
@@ -233,6 +253,7 @@ def load_pipeline(
     prior: str | None = None,
     prior_config: str | None = None,
     guidance_vae: str | None = None,
+    latent_inn: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     offload: str = "none",
@@ -247,6 +268,7 @@ def load_pipeline(
         prior: Another latent diffusion model to sample with, or None.
         prior_config: Folder with the configurations of a prior that is a single file, or None.
         guidance_vae: Cheap autoencoder for guidance in pixels, or None.
+        latent_inn: Folder of a latent INN for its autoencoder, or None.
         dtype: "float32", "bfloat16", "float16", or None for what is fast here, see `fast_dtype`.
         device: "cpu", "cuda", "cuda:1", "mps", ..., or None for an accelerator if there is one.
         offload: What stays on the CPU until it is called: "none", "model" (networks) or "sequential" (their layers).
@@ -287,6 +309,7 @@ def load_pipeline(
         prior=prior,
         prior_config=prior_config,
         guidance_vae=guidance_vae,
+        latent_inn=latent_inn or "model",
         torch_dtype=torch_dtype,
         device=resident,
         init_model=init_model,
@@ -460,6 +483,10 @@ def _restore(
         num_samples=settings.num_samples,
         seed=settings.seed,
         tile=None if settings.tile == "off" else settings.tile,
+        prompt=settings.prompt,
+        negative_prompt=settings.negative_prompt,
+        guidance_scale=settings.guidance_scale,
+        scheduler=settings.scheduler,
         output_type="pt",
         callback_on_step_end=after_step,
     )

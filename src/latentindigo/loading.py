@@ -20,10 +20,11 @@ import torch
 
 from latentindigo.autoencoder import PatchAutoencoder
 from latentindigo.backbones import Capabilities
+from latentindigo.inn import InvertibleNet
 from latentindigo.model_folder import model_folder
 from latentindigo.prior import LatentPrior
 
-__all__ = ["PriorParts", "load_autoencoder", "load_prior"]
+__all__ = ["PriorParts", "load_autoencoder", "load_latent_inn", "load_prior"]
 
 _DENOISERS = ("denoiser", "unet", "transformer")
 _CONFIGS = ("config.json", "scheduler_config.json")
@@ -109,6 +110,33 @@ def load_autoencoder(source: Any, dtype: torch.dtype = torch.float32) -> Any:
     """
     folder = model_folder(source)
     return _load_network(folder if (folder / "config.json").is_file() else folder / "vae", dtype)
+
+
+def load_latent_inn(source: str | os.PathLike[str]) -> InvertibleNet:
+    """Load a latent INN alone, in float32.
+
+    Args:
+        source: Its folder, or one that holds it: `final` of a training run, the run folder, or a saved model.
+
+    Returns:
+        The network.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+    """
+    folder = model_folder(source)
+    places = [folder, folder / "latent_inn", folder / "final" / "latent_inn"]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None or _json_class(found) != InvertibleNet.__name__:
+        raise FileNotFoundError(
+            f"expected a latent INN in {folder.name!r} (latent_inn/ or final/latent_inn/), found none; train one with "
+            "`latentindigo train latent-inn --prior`"
+        )
+    return InvertibleNet.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
+
+
+def _json_class(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text()).get("_class_name", "")
 
 
 def _parts(vae: Any, denoiser: Any, scheduler: Any, folder: Path) -> PriorParts:

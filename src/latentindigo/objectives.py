@@ -32,7 +32,9 @@ from latentindigo.degradations import apply, check_training_range, draw_simple, 
 from latentindigo.images import contact_sheet
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
 from latentindigo.lifting import CoarseGain, ConditionedBlocks, haar_lift, lazy_split
+from latentindigo.loading import load_autoencoder
 from latentindigo.model_folder import model_folder
+from latentindigo.prior import decode_latents, encode_pixels, latent_grid
 
 __all__ = ["OBJECTIVES", "Objective"]
 
@@ -473,17 +475,26 @@ def _cut_gamma_off(inn: InvertibleNet) -> None:
 class LatentINNObjective(Objective):
     """The latent INN: coarse part of z = E(x) against E(y), with E, F and the stage-one estimate frozen.
 
+    `prior` names another latent diffusion model: E and D are then its autoencoder, and the number of channels is that
+    of its latents. F and the estimate come from `base` all the same.
     `conditioned = false` cuts gamma off inside the network, for good: what is saved ignores it too. For comparison.
     """
 
-    settings = frozenset({"base", "conditioned", "inverse_weight", "spread_weight"})
+    settings = frozenset({"base", "conditioned", "inverse_weight", "prior", "spread_weight"})
 
     def __init__(self, model: dict[str, Any], settings: dict[str, Any]) -> None:
         super().__init__()
-        base = model_folder(settings.get("base", "embedded"))
-        self.vae = _frozen(PatchAutoencoder.from_pretrained(base / "vae"))
+        base, prior = model_folder(settings.get("base", "embedded")), settings.get("prior")
+        ours = prior is None
+        self.vae: Any = _frozen(PatchAutoencoder.from_pretrained(base / "vae") if ours else load_autoencoder(prior))
         self.degradation_encoder = _frozen(DegradationEncoder.from_pretrained(base / "degradation_encoder"))
-        self.latent_inn = InvertibleNet(**model)
+        self.downsampling, channels = latent_grid(self.vae)
+        if model.get("channels", channels) != channels:
+            raise ValueError(
+                f"expected channels = {channels} in the recipe's [model], as many as the latents of "
+                f"{'the base model' if ours else prior} have, got {model['channels']}; leave it out"
+            )
+        self.latent_inn = InvertibleNet(**{**model, "channels": channels})
         if not settings.get("conditioned", True):
             _cut_gamma_off(self.latent_inn)
         self.networks = {"latent_inn": self.latent_inn}
@@ -499,11 +510,12 @@ class LatentINNObjective(Objective):
         mix = self.latent_inn.band_mix
         if mix is None:
             return
-        crops = torch.stack([photos.crop(sample_generator(seed, 0, n), 128) for n in range(400)])
+        # Other autoencoders are slow, and have fewer channels to fit.
+        count, chunk = (400, 50) if isinstance(self.vae, PatchAutoencoder) else (100, 10)
+        crops = torch.stack([photos.crop(sample_generator(seed, 0, n), 128) for n in range(count)])
         halves = F.interpolate(crops, scale_factor=0.5, mode="bicubic", antialias=True)
         fine, coarse = (
-            torch.cat([self.vae.encode(part * 2 - 1).latents.float() for part in images.split(50)])
-            for images in (crops, halves)
+            torch.cat([encode_pixels(self.vae, part) for part in images.split(chunk)]) for images in (crops, halves)
         )
         bands = lazy_split(fine)
         if self.latent_inn.config["haar"]:
@@ -517,6 +529,12 @@ class LatentINNObjective(Objective):
 
     def batch(self, photos: PhotoFolder, config: RunSettings, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Pairs (x, y) with the noise- and JPEG-free y."""
+        smallest = max(SCALES) * self.downsampling
+        if config.crop % smallest:
+            raise ValueError(
+                f"expected a crop that is a multiple of {smallest}, the autoencoder's {self.downsampling} pixels per "
+                f"latent at scale {max(SCALES)}, got {config.crop}; mend the recipe"
+            )
         return _degraded(photos, config, numbers)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -524,8 +542,7 @@ class LatentINNObjective(Objective):
         levels = LEVELS[int(batch["scale"])]
         with torch.no_grad():
             gamma = self.degradation_encoder(batch["y"])
-            z = self.vae.encode(batch["x"] * 2 - 1).latents.float()
-            clean, measured = (self.vae.encode(batch[k] * 2 - 1).latents.float() for k in ("y_clean", "y"))
+            z, clean, measured = (encode_pixels(self.vae, batch[k]) for k in ("x", "y_clean", "y"))
         z_c, z_d = self.latent_inn(z, gamma, levels)
         coarse = (z_c - clean).square().mean()
         inverse = (self.latent_inn.inverse(measured, z_d, gamma, levels) - z).square().mean()
@@ -542,7 +559,7 @@ class LatentINNObjective(Objective):
             raise RuntimeError("the spread is trained beside a stage-one estimate, and none was loaded")
         with torch.no_grad():
             estimate = self.estimator(y, gamma, levels).float().clamp(0, 1)
-            guess = self.vae.encode(estimate * 2 - 1).latents.float()
+            guess = encode_pixels(self.vae, estimate)
         deviation = self.latent_inn.spread(guess, gamma).float()
         return (deviation.log() + 0.5 * ((z - guess) / deviation).square()).mean()
 
@@ -550,16 +567,15 @@ class LatentINNObjective(Objective):
         """Clean image, y, and D(g⁻¹(E(y), z_d, gamma))."""
         levels = LEVELS[int(batch["scale"])]
         gamma = self.degradation_encoder(batch["y"])
-        z = self.vae.encode(batch["x"] * 2 - 1).latents
+        z = encode_pixels(self.vae, batch["x"])
         z_c, z_d = self.latent_inn(z, gamma, levels)
-        target = self.vae.encode(batch["y"] * 2 - 1).latents
-        z_inv = self.latent_inn.inverse(target, z_d, gamma, levels)
+        z_inv = self.latent_inn.inverse(encode_pixels(self.vae, batch["y"]), z_d, gamma, levels)
         size = batch["x"].shape[-2:]
         return {
             "x": batch["x"],
             "y": F.interpolate(batch["y"], size=size),
-            "D(z_c)": F.interpolate((self.vae.decode(z_c).sample.float() + 1) / 2, size=size),
-            "D(z_inv)": (self.vae.decode(z_inv).sample + 1) / 2,
+            "D(z_c)": F.interpolate(decode_latents(self.vae, z_c), size=size),
+            "D(z_inv)": decode_latents(self.vae, z_inv),
         }
 
 

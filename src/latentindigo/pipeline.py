@@ -6,24 +6,17 @@ One pass, in this order: plan the output grid, bring y to it, gamma = F(y), a st
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
 import math
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from latentindigo.autoencoder import PatchAutoencoder
@@ -46,7 +39,8 @@ from latentindigo.canvas import (
     to_coarse_grid,
     to_tensors,
 )
-from latentindigo.conditioning import Conditioning
+from latentindigo.conditioning import Conditioning, PromptEmbeddings
+from latentindigo.few_steps import SchedulerKind
 from latentindigo.guidance import (
     DataTerm,
     GuidanceConfig,
@@ -58,22 +52,17 @@ from latentindigo.guidance import (
     make_regulariser,
     trusted_target,
 )
-from latentindigo.init_models import InitModel, load_init_model
-from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
-from latentindigo.loading import load_autoencoder, load_prior
-from latentindigo.model_card import CardFacts, write_model_card
-from latentindigo.model_folder import model_folder, upload_folder
-from latentindigo.offloading import weights_of
 from latentindigo.operators import Operator
-from latentindigo.presets import Init, Method, Preset, blend_presets, load_presets, save_presets
+from latentindigo.pipeline_storage import ModelLoadError, StoredPipeline
+from latentindigo.presets import Init, Method, Preset, blend_presets
 from latentindigo.prior import Calls, LatentPrior
+from latentindigo.prompts import Prompter, PromptTraits
 from latentindigo.reach import reach_of
 from latentindigo.sampler import restore_latent
 from latentindigo.stages import Finish, Start, latent_tiles
 from latentindigo.texture import draw_around, keep_texture, uneven
 from latentindigo.tiled_guidance import TiledData, counted_once, simulate
 from latentindigo.tiling import Tiles, TilingConfig
-from latentindigo.tuning import checkpoint_networks, compile_networks
 
 __all__ = ["ModelLoadError", "RestorationOutput", "RestorationPipeline"]
 
@@ -82,14 +71,9 @@ TILE_BYTES = 600
 FOREIGN_TILE_BYTES = 10_000  # Stable Diffusion's autoencoder in float32, which is the hungriest part.
 LARGEST_OVERLAP = 256  # Of tiles, in pixels, however far a network looks: the ramp hides what is left.
 MOST_TILES_AT_ONCE = 8
-_EXACT = ("degradation_encoder", "pixel_inn", "latent_inn")  # gamma steers everything, and the INNs' sums are undone.
 MAX_SCALE = 8.0  # Of one pass; three levels reach a little further, more takes several passes.
 
 StepEndCallback = Callable[["RestorationPipeline", int, int, dict[str, Tensor]], Any]
-
-
-class ModelLoadError(RuntimeError):
-    """A model could not be loaded; the message says what was expected and what to do."""
 
 
 @dataclass
@@ -125,9 +109,11 @@ class _Run:
     operator: Operator | None
     tile: TilingConfig | None | Literal["auto"]
     callback: StepEndCallback | None
+    conditioning: Conditioning | None = None
+    scheduler: SchedulerKind | str = "model"
 
 
-class RestorationPipeline(DiffusionPipeline):
+class RestorationPipeline(StoredPipeline):
     """Blind restoration by a latent diffusion model guided by an invertible network *(paper: LatentINDIGO)*.
 
     Args:
@@ -145,309 +131,8 @@ class RestorationPipeline(DiffusionPipeline):
         text_folder: Folder with the text encoders that belong to the denoiser, None where there are none.
         init_model: Restorer that makes the stage-one estimate in the estimator's place, or None. It is no part of the
             model: neither saved with it nor in its hash.
+        prompter: Makes embeddings of prompts for a text-conditioned denoiser, or None.
     """
-
-    # A network that is called sends the one before it back to the CPU. The INNs and the autoencoder are called between
-    # two steps: the denoiser comes last, so that it stays where it is, and so do weights that a gradient still needs.
-    model_cpu_offload_seq = "degradation_encoder->estimator->pixel_inn->latent_inn->guidance_vae->vae->denoiser"
-    _optional_components = ["latent_inn", "estimator", "guidance_vae"]  # noqa: RUF012 (the attribute that diffusers reads)
-
-    def __init__(
-        self,
-        vae: ModelMixin,
-        denoiser: ModelMixin,
-        scheduler: SchedulerMixin,
-        estimator: Estimator | None,
-        degradation_encoder: DegradationEncoder,
-        pixel_inn: InvertibleNet,
-        latent_inn: InvertibleNet | None = None,
-        guidance_vae: ModelMixin | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            denoiser=denoiser,
-            scheduler=scheduler,
-            estimator=estimator,
-            degradation_encoder=degradation_encoder,
-            pixel_inn=pixel_inn,
-            latent_inn=latent_inn,
-            guidance_vae=guidance_vae,
-        )
-        self.conditioning: Conditioning | None = None
-        self.text_folder: Path | None = None
-        self.presets = load_presets(Path(os.devnull))
-        self._reach: tuple[tuple[int, int], float] | None = None
-        self.init_model: InitModel | None = None
-        self.set_progress_bar_config(disable=True)
-        for network in self._networks().values():
-            # Channels last: a tenth to a quarter less time for convolutions, on CPUs and on tensor cores.
-            frozen: Any = network.eval().requires_grad_(False)
-            frozen.to(memory_format=torch.channels_last)
-
-    # ------------------------------------------------------------------------------------------------ loading, saving
-
-    @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (diffusers' own signature is **kwargs)
-        cls,
-        model: str | os.PathLike[str] = "embedded",
-        *,
-        prior: str | os.PathLike[str] | None = None,
-        prior_config: str | os.PathLike[str] | None = None,
-        guidance_vae: str | os.PathLike[str] | ModelMixin | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        init_model: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> RestorationPipeline:
-        """Load a model.
-
-        Args:
-            model: "embedded" (ships in the package), a folder, or a hub id.
-            prior: Another latent diffusion model to sample with: a folder or hub id in diffusers' layout, or a single
-                .safetensors file (`latentindigo.loading`); guidance then defaults to PixelINN, which serves any.
-            prior_config: For a single file, a folder with the configurations of its parts, in diffusers' layout.
-            guidance_vae: Folder or hub id of a cheap autoencoder (AutoencoderTiny) that stands in for the full one in
-                the guided steps of PixelINN.
-            torch_dtype: Dtype of autoencoder, denoiser and estimator, float32 by default. The degradation encoder and
-                the sampler's state are always float32, and so are the INNs' weights and sums; with bfloat16 their
-                predict and update networks compute in it.
-            device: Where to put the networks, the CPU by default.
-            init_model: A .safetensors file of a classical restorer such as Real-ESRGAN, which takes the estimator's
-                place (see `latentindigo.init_models`); needs the extra `init-models`.
-            **kwargs: `revision`, `token` and `cache_dir` say which files of the hub; the rest is passed to diffusers.
-
-        Returns:
-            The pipeline, ready to be called.
-
-        Raises:
-            ModelLoadError: If files are missing, broken or do not fit each other.
-        """
-        dtype = torch_dtype or torch.float32
-        download = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
-        try:
-            restorer = None if init_model is None else load_init_model(init_model, dtype)
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelLoadError(f"init model {str(init_model)!r} could not be loaded: {error}") from error
-        try:
-            folder = model_folder(model, **download)
-            if not (folder / "model_index.json").is_file():
-                raise FileNotFoundError(f"{folder.name!r} holds no model_index.json; give the folder of a saved model")
-            parts: dict[str, Any] = {}
-            found = None
-            with _quiet_loading():
-                if prior is not None:
-                    found = load_prior(prior, config=prior_config, dtype=dtype)
-                    parts.update(vae=found.vae, denoiser=found.denoiser, scheduler=found.scheduler)
-                    parts["latent_inn"] = None  # It belongs to the other autoencoder, and so does its stand-in.
-                    parts["guidance_vae"] = None
-                elif prior_config is not None:
-                    raise ValueError("prior_config describes a prior, and none is given; give prior too")
-                if guidance_vae is not None:
-                    is_path = isinstance(guidance_vae, (str, os.PathLike))
-                    parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
-                dtypes = {"default": dtype, **dict.fromkeys(_EXACT, torch.float32)}
-                pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
-            pipe.presets, pipe.init_model = load_presets(folder), restorer
-            pipe.text_folder = None if found is None else found.text_folder
-            pipe._let_inns_compute_in(dtype)
-            pipe._build_prior()
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error
-        return pipe if device is None else pipe.to(device)
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> RestorationPipeline:
-        """A pipeline that shares the networks and presets of another; nothing is loaded or copied.
-
-        Args:
-            pipeline: A `RestorationPipeline`.
-            **kwargs: Parts in place of its own, by name.
-
-        Returns:
-            The new pipeline.
-        """
-        made = cls(**{**pipeline.components, **kwargs})
-        made.presets = dict(pipeline.presets)
-        return made
-
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (its flags pass through **kwargs)
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        card: CardFacts | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save all parts, safetensors in shards of at most 15 MB, the presets, and a model card.
-
-        Args:
-            save_directory: Folder, made if missing.
-            card: What the card says beside the facts of the networks. With None a card that lies there is kept.
-            push_to_hub: Upload the folder to the hub as well, see `push_to_hub` for what follows.
-            repo_id: Its name there, by default the folder's.
-            commit_message: Title of the upload.
-            private: Whether only you see it; None = as your account is set.
-            token: Access token; None = the one that `hf auth login` stored.
-            create_pr: Propose the files instead of putting them there.
-            **kwargs: Passed to diffusers.
-
-        Raises:
-            ValueError: Asked for pickled weights, or weights that sequential offload holds.
-            ConnectionError: If the hub cannot be reached or refuses.
-        """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("weights are saved as safetensors only, got safe_serialization=False; leave it out")
-        if any(parameter.is_meta for network in self._networks().values() for parameter in network.parameters()):
-            raise ValueError("sequential offload holds the weights; call remove_all_hooks() on the pipeline, then save")
-        folder = Path(save_directory)
-        super().save_pretrained(folder, **{"max_shard_size": "15MB", **kwargs})
-        save_presets(self.presets, folder)
-        if card is not None or not (folder / "README.md").exists():
-            write_model_card(folder, self._networks(), self.weights_hash(), card or CardFacts())
-        if push_to_hub:
-            name = repo_id or folder.resolve().name
-            upload_folder(folder, name, message=commit_message, private=private, token=token, create_pr=create_pr)
-
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  (diffusers' card asks the hub and a template)
-        self, repo_id: str, *, card: CardFacts | None = None, **kwargs: Any
-    ) -> None:
-        """Save to a temporary folder and upload it, with its model card: `from_pretrained(repo_id)` then loads it.
-
-        Args:
-            repo_id: Name on the hub, "user/repo"; made if missing.
-            card: What the card says beside the facts of the networks.
-            **kwargs: `commit_message`, `private`, `token` and `create_pr` as `save_pretrained` has them.
-
-        Raises:
-            ConnectionError: If the hub cannot be reached or refuses.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, card=card, push_to_hub=True, repo_id=repo_id, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> RestorationPipeline:
-        """Move to a device, change the dtype, or both; as in `from_pretrained`, what must be exact stays float32.
-
-        Args:
-            *args: A device, a dtype, or both.
-            **kwargs: Passed to diffusers.
-
-        Returns:
-            Itself.
-        """
-        given = (*args, kwargs.get("dtype"), kwargs.get("torch_dtype"))
-        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
-        if dtype is None or dtype not in (torch.float16, torch.bfloat16):
-            super().to(*args, **kwargs)
-        else:
-            named = {name: value for name, value in kwargs.items() if value is not dtype}
-            super().to(*(value for value in args if value is not dtype), **named)
-            for name, network in self._networks().items():
-                if name not in _EXACT:
-                    network.to(dtype=dtype)
-        if dtype is not None:
-            self._let_inns_compute_in(dtype)
-        return self
-
-    def _let_inns_compute_in(self, dtype: torch.dtype) -> None:
-        for inn in (self.pixel_inn, self.latent_inn):
-            if inn is not None:
-                inn.compute_in(dtype if dtype == torch.bfloat16 else inn.dtype)
-
-    # --------------------------------------------------------------------------------------------------------- memory
-
-    def enable_vae_tiling(self) -> None:
-        """Let the autoencoder work tile by tile, where it can by itself; the argument `tile` of a call always can."""
-        self._switch_vae("enable_tiling")
-
-    def disable_vae_tiling(self) -> None:
-        """Undo `enable_vae_tiling`."""
-        self._switch_vae("disable_tiling")
-
-    def enable_vae_slicing(self) -> None:
-        """Let the autoencoder work image by image in a batch, where it can."""
-        self._switch_vae("enable_slicing")
-
-    def disable_vae_slicing(self) -> None:
-        """Undo `enable_vae_slicing`."""
-        self._switch_vae("disable_slicing")
-
-    def _switch_vae(self, name: str) -> None:
-        if hasattr(self.vae, name):
-            getattr(self.vae, name)()
-        elif name.startswith("enable"):
-            kind = type(self.vae).__name__
-            warnings.warn(f"{kind} has no {name}; call with tile=512 to save memory instead", stacklevel=3)
-
-    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices, for less memory and more time; see diffusers.
-
-        Args:
-            slice_size: "auto" (two slices), "max", a number of heads, or None to undo it.
-        """
-        sliced = [network for network in self._networks().values() if hasattr(network, "set_attention_slice")]
-        attends = any(hasattr(part, "set_processor") for network in sliced for part in network.modules())
-        if slice_size is not None and not attends:
-            warnings.warn(
-                "no network of this model has attention to slice; call with tile=512 to save memory", stacklevel=2
-            )
-            return
-        self.set_attention_slice(slice_size)  # pyright: ignore[reportArgumentType]  (its hint is narrower than it is)
-
-    @property
-    def prior(self) -> LatentPrior:
-        """The latent diffusion model as five verbs; built anew from the registered parts."""
-        return self._build_prior()
-
-    def _build_prior(self) -> LatentPrior:
-        return LatentPrior(
-            self.vae,
-            self.denoiser,
-            self.scheduler,
-            conditioning=self.conditioning,
-            guidance_vae=self.guidance_vae,
-        )
-
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        return {n: c for n, c in self.components.items() if isinstance(c, torch.nn.Module)}
-
-    def compile_networks(self) -> RestorationPipeline:
-        """Compile the large networks by `torch.compile`, see `latentindigo.tuning`.
-
-        On an accelerator it pays for many images of one size. On a CPU convolutions take the time, and they stay what
-        they are: measured, nothing is gained.
-
-        Returns:
-            Itself.
-        """
-        names = ("denoiser", "vae", "estimator")
-        compile_networks(network for name, network in self._networks().items() if name in names)
-        return self
-
-    def enable_checkpointing(self) -> RestorationPipeline:
-        """Keep less of the networks for the gradients of "stopped" and "through": less memory, about a third more time.
-
-        Returns:
-            Itself.
-        """
-        checkpoint_networks(self._networks().values())
-        return self
-
-    def weights_hash(self) -> str:
-        """SHA-256 over names and values of all weights, as hexadecimal text; any change of a weight changes it."""
-        digest = hashlib.sha256()
-        for name, network in sorted(self._networks().items()):
-            for key, value in sorted(weights_of(network).items()):
-                digest.update(f"{name}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
-                # In the order of its indices, however it lies in memory.
-                plain = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
-                digest.update(plain.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------------------- the call
 
@@ -472,6 +157,10 @@ class RestorationPipeline(DiffusionPipeline):
         tile: Literal["auto"] | int | None = "auto",
         output_type: Literal["pil", "np", "pt"] | str = "pil",
         callback_on_step_end: StepEndCallback | None = None,
+        prompt: str | PromptEmbeddings | None = None,
+        negative_prompt: str | PromptEmbeddings | None = None,
+        guidance_scale: float | None = None,
+        scheduler: SchedulerKind | str = "model",
         eta: float | None = None,
         residual: float | None = None,
         spread: float | None = None,
@@ -506,6 +195,11 @@ class RestorationPipeline(DiffusionPipeline):
             output_type: "pil", "np" or "pt".
             callback_on_step_end: Called as f(pipe, step, timestep, {"latents": z_t, "z0": z0}) after each step; what
                 it raises ends the call.
+            prompt: For text-conditioned priors: words or embeddings. None = the prior's default, "" = the empty prompt
+                without classifier-free guidance.
+            negative_prompt: What classifier-free guidance moves away from; None = the prior's default.
+            guidance_scale: Strength of classifier-free guidance, at least 1 = the prompt alone.
+            scheduler: "model" = the saved one, or "ddim", "dpm++", "unipc", "euler", "lcm" on its noise levels.
             eta: Share of fresh noise in each step, for schedulers that know it.
             residual: Share of what the autoencoder lost of the start image that is added back, 0..1.
             spread: Share of the stage-one estimate's uncertainty that is drawn before sampling, 0..1.
@@ -533,7 +227,8 @@ class RestorationPipeline(DiffusionPipeline):
             guidance=guidance, eta=eta, residual=residual, spread=spread, texture=texture,
             chroma=chroma, coarse=coarse, same_size=same_size, ensemble=ensemble,
         )  # fmt: skip
-        run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end)
+        conditioning, told = self._tell(prompt, negative_prompt, guidance_scale, few_steps=scheduler == "lcm")
+        run = _Run(chosen, operator, tiling_from(tile), callback_on_step_end, conditioning, scheduler)
         jobs = [(k, s + n) for k, s in enumerate(seeds) for n in range(num_samples)]
         restored: list[Tensor] = [torch.empty(0)] * len(jobs)
         maps: list[Tensor] = [torch.empty(0)] * len(jobs)
@@ -556,7 +251,7 @@ class RestorationPipeline(DiffusionPipeline):
         settings: dict[str, Any] = {
             "scale": float(scale), "size": size, "crop": crop, "preset": preset, "fidelity": fidelity,
             "operator": operator, "num_samples": num_samples, "seed": seed if isinstance(seed, int) else seeds,
-            "tile": tile, **dataclasses.asdict(chosen),
+            "tile": tile, "scheduler": scheduler, **told, **dataclasses.asdict(chosen),
         }  # fmt: skip
         grey = [is_grey[k] for k, _ in jobs]
         output = RestorationOutput(
@@ -571,6 +266,34 @@ class RestorationPipeline(DiffusionPipeline):
             plain: Any = tuple(getattr(output, field.name) for field in dataclasses.fields(output))
             return plain
         return output
+
+    def _tell(
+        self,
+        prompt: str | PromptEmbeddings | None,
+        negative_prompt: str | PromptEmbeddings | None,
+        guidance_scale: float | None,
+        *,
+        few_steps: bool,
+    ) -> tuple[Conditioning | None, dict[str, Any]]:
+        """What the denoiser is told, and the settings that say so; text encoders are gone when this returns."""
+        told = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+        silent = all(value is None for value in told.values())
+        capabilities = self._build_prior().capabilities
+        if capabilities.token_width is None:
+            if not silent:
+                given = ", ".join(name for name, value in told.items() if value is not None)
+                raise ValueError(
+                    f"{given}: this model's denoiser takes no text; leave it out, or load a prior that does"
+                )
+            return None, told
+        mine = self.conditioning
+        if silent and mine is not None:
+            told = {"prompt": mine.positive, "negative_prompt": mine.negative, "guidance_scale": mine.guidance_scale}
+            return mine, told
+        traits = PromptTraits(embedded_scale=capabilities.distilled_guidance)
+        prompter = self.prompter or Prompter(None, traits=traits)
+        choice = prompter.choose(prompt, negative_prompt, guidance_scale, few_steps=few_steps)
+        return prompter.conditioning(choice, self._execution_device), vars(choice)
 
     def _resolve(self, preset: str, fidelity: float | None, operator: Operator | None, **overrides: Any) -> Preset:
         """The preset with everything that overrides it."""
@@ -636,7 +359,7 @@ class RestorationPipeline(DiffusionPipeline):
         """One pass: a batch (B, 3, h, w) to images (B, 3, H, W) and maps of invented detail (B, 1, H, W)."""
         device = self._execution_device
         settings, operator = run.preset, run.operator
-        prior = self._build_prior().counting(calls)
+        prior = self._build_prior(run.conditioning, run.scheduler).counting(calls)
         plan = make_plan(y.shape[-1], y.shape[-2], target, prior.downsampling, prior.size_multiple, operator)
         cost = self._cost(plan, settings)
         tiling = tiling_for(run.tile, plan.pixels, free_memory(device), cost)
@@ -812,15 +535,3 @@ def _noise_gain(prior: LatentPrior) -> Tensor:
     noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
     response = prior.encode((grey + step * noise).to(prior.device)) - prior.encode(grey.to(prior.device))
     return response.var((-2, -1), keepdim=True) / step**2
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hide diffusers' progress bar: seven small files load in an instant and the bar only litters logs."""
-    shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()

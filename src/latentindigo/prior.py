@@ -47,7 +47,16 @@ from latentindigo.schedules import (
 )
 from latentindigo.tiling import TilingConfig, tiled_map
 
-__all__ = ["Calls", "LatentPrior", "Prediction", "Trajectory", "in_full_precision"]
+__all__ = [
+    "Calls",
+    "LatentPrior",
+    "Prediction",
+    "Trajectory",
+    "decode_latents",
+    "encode_pixels",
+    "in_full_precision",
+    "latent_grid",
+]
 
 Network = TypeVar("Network")
 
@@ -120,7 +129,7 @@ class LatentPrior:
         self._family = family_of(self.scheduler)
         self.prediction_type: PredictionType = network_type(self.scheduler, self._family, prediction_type)
         prepare_scheduler(self.scheduler, self._family, self.prediction_type)
-        self.downsampling, self.latent_channels = _latent_grid(vae)
+        self.downsampling, self.latent_channels = latent_grid(vae)
         self._backbone = backbone_of(denoiser)
         self._latent_multiple = self._backbone.multiple
         _check_channels(self._backbone.channels, self.latent_channels)
@@ -128,8 +137,8 @@ class LatentPrior:
         if conditioning is not None:
             self._backbone.check(conditioning)
         self._guidance_vae = guidance_vae
-        if guidance_vae is not None and _latent_grid(guidance_vae) != (self.downsampling, self.latent_channels):
-            factor, channels = _latent_grid(guidance_vae)
+        if guidance_vae is not None and latent_grid(guidance_vae) != (self.downsampling, self.latent_channels):
+            factor, channels = latent_grid(guidance_vae)
             raise ValueError(
                 f"expected a guidance autoencoder of {self.latent_channels} latent channels, {self.downsampling} "
                 f"pixels per cell, like the full one, got {channels} and {factor}; pick the one made for this model"
@@ -584,6 +593,35 @@ def in_full_precision(network: Network, run: Callable[[Network], Tensor]) -> Ten
     return run(full.float())
 
 
+def encode_pixels(vae: Any, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    """Encode whole images with an autoencoder alone, without a denoiser; `LatentPrior.encode` can tile and counts.
+
+    Args:
+        vae: An autoencoder of diffusers or of ours.
+        x: Images in [0, 1], sides multiples of its downsampling.
+
+    Returns:
+        Scaled latents, float32.
+    """
+    latent = _latent_from(vae.encode((x * 2 - 1).to(_dtype_of(vae)))).float()
+    scale, shift = _latent_affine(vae, latent)
+    return (latent - shift) * scale
+
+
+def decode_latents(vae: Any, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    """Decode whole latents with an autoencoder alone.
+
+    Args:
+        vae: An autoencoder of diffusers or of ours.
+        z: Scaled latents.
+
+    Returns:
+        Images on the [0, 1] scale, not clamped, float32.
+    """
+    scale, shift = _latent_affine(vae, z)
+    return (vae.decode((z / scale + shift).to(_dtype_of(vae))).sample.float() + 1) / 2
+
+
 def _dtype_of(network: Any) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
@@ -617,8 +655,15 @@ def _latent_affine(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _latent_grid(vae: Any) -> tuple[int, int]:
-    """Return (pixels per latent cell, latent channels), from the configuration or, failing that, from a trial."""
+def latent_grid(vae: Any) -> tuple[int, int]:
+    """Return (pixels per latent cell, latent channels), from the configuration or, failing that, from a trial.
+
+    Args:
+        vae: An autoencoder of diffusers or of ours.
+
+    Returns:
+        The two numbers.
+    """
     config = vae.config
     channels = getattr(config, "latent_channels", None)
     factor = getattr(config, "downsampling", None) or getattr(vae, "spatial_compression_ratio", None)

@@ -284,6 +284,7 @@ def train(
     overrides: dict[str, Any] | None = None,
     device: str | None = None,
     progress: bool = True,
+    prior: str | None = None,
 ) -> Path:
     """Train one part of the model on a folder of photographs.
 
@@ -297,6 +298,7 @@ def train(
         overrides: Recipe values to replace.
         device: "cpu" or "cuda"; None lets accelerate choose.
         progress: Show a progress bar with throughput and remaining time.
+        prior: For "latent-inn": another latent diffusion model, a folder or a hub id, for whose autoencoder to train.
 
     Returns:
         The folder `out/final` with the averaged weights.
@@ -304,7 +306,16 @@ def train(
     Raises:
         ValueError: For a bad recipe, an unusable data folder, or a run folder of other settings.
     """
+    if prior is not None and part != "latent-inn":
+        raise ValueError(
+            f"prior: only 'latent-inn' is trained for another autoencoder, got part {part!r}; leave it out (the pixel "
+            "INN serves every prior)"
+        )
+    if prior is not None and recipe is None:
+        recipe = _recipe_folder() / "latent-inn-prior.toml"
     config = load_recipe(part, recipe, overrides)
+    if prior is not None:
+        config = dataclasses.replace(config, objective={**config.objective, "prior": prior})
     out.mkdir(parents=True, exist_ok=True)
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}; choose a card with CUDA_VISIBLE_DEVICES")

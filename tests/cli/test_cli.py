@@ -228,7 +228,16 @@ def test_train_passes_everything_on(album: Path, tmp_path: Path, monkeypatch: py
         "overrides": {"steps": 7},
         "device": "cpu",
         "progress": True,
+        "prior": None,
     }
+
+
+def test_train_for_a_prior(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(training, "train", lambda *_, **options: seen.update(options) or tmp_path)
+    result = run("train", "latent-inn", album, "-o", tmp_path / "run", "--prior", "sd/")
+    assert result.exit_code == ExitCode.DONE, result.output
+    assert seen["prior"] == "sd/"
 
 
 @pytest.mark.parametrize(

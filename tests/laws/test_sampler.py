@@ -13,12 +13,14 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from latentindigo import sampler
+from latentindigo.few_steps import make_scheduler
 from latentindigo.guidance import (
     AutoencoderConsistency,
     DataTerm,
@@ -367,6 +369,48 @@ class Uphill(PixelINN):
 @pytest.mark.parametrize("update", RULES)
 def test_guidance_lowers_the_data_term(update: Update, make: Make) -> None:
     check_guidance_lowers_the_data_term(Setting("latent", update, make=make))
+
+
+def turbo() -> EulerAncestralDiscreteScheduler:
+    return EulerAncestralDiscreteScheduler(**SD, timestep_spacing="trailing")
+
+
+FEW_STEPS: dict[str, Make] = {
+    "lcm": lambda: make_scheduler("lcm", ddim()),
+    "turbo": turbo,
+    "euler": lambda: make_scheduler("euler", ddim()),
+    "dpm++": lambda: make_scheduler("dpm++", ddim()),
+    "unipc": lambda: make_scheduler("unipc", ddim()),
+}
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_few_guided_steps_lower_the_data_term(name: str, steps: int, strength: float) -> None:
+    for kind in KINDS:
+        setting = Setting(kind, make=FEW_STEPS[name], kind="epsilon", steps=steps, strength=strength, gaussian=True)
+        guided, calls, _ = setting.run()
+        assert guided.isfinite().all()
+        assert calls.denoiser == steps
+        check_guidance_lowers_the_data_term(setting)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("kind", ["euler", "dpm++", "unipc"])
+def test_few_guided_steps_of_flow_matching_lower_the_data_term(kind: str, steps: int) -> None:
+    setting = Setting(
+        make=lambda: make_scheduler(kind, flow()), kind="flow_prediction", steps=steps, strength=0.7, gaussian=True
+    )
+    check_guidance_lowers_the_data_term(setting)
+
+
+def test_few_step_law_finds_a_wrong_direction() -> None:
+    for make in FEW_STEPS.values():
+        with pytest.raises(AssertionError):
+            check_guidance_lowers_the_data_term(
+                Setting("pixel", make=make, kind="epsilon", gaussian=True, data_class=Uphill)
+            )
 
 
 @pytest.mark.parametrize("update", RULES)

@@ -288,7 +288,9 @@ def test_a_dry_run_predicts_the_settings_of_the_run(tiny_pipeline: RestorationPi
         given = {name: value for name, value in asdict(settings).items() if value is not None}
         actual = tiny_pipeline(torch.rand(3, 8, 8), **given).settings
         assert predicted == {name: value for name, value in actual.items() if name in predicted}
-        assert {name for name in actual if name not in predicted} <= {"size", "fidelity", "operator"}
+        assert {name for name in actual if name not in predicted} <= {
+                "size", "fidelity", "operator", "prompt", "negative_prompt", "guidance_scale",
+            }  # fmt: skip
 
 
 @pytest.mark.parametrize(
