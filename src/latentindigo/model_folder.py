@@ -36,7 +36,9 @@ def model_folder(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        return Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md", "*merges.txt", "*spiece.model"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise FileNotFoundError(
             f"model {text!r} is no folder, and the hub could not provide it ({type(error).__name__}); "

@@ -225,9 +225,10 @@ class RestorationPipeline(DiffusionPipeline):
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
                     parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
-                if latent_inn != "model":
-                    is_path = isinstance(latent_inn, (str, os.PathLike))
-                    parts["latent_inn"] = load_latent_inn(latent_inn) if is_path else latent_inn
+                if latent_inn is None or isinstance(latent_inn, InvertibleNet):
+                    parts["latent_inn"] = latent_inn
+                elif latent_inn != "model":
+                    parts["latent_inn"] = load_latent_inn(latent_inn)
                 # The sums of the INNs must be undone exactly, and gamma steers everything: float32 for both.
                 exact = dict.fromkeys(("degradation_encoder", "pixel_inn", "latent_inn"), torch.float32)
                 dtypes = {"default": dtype, **exact}

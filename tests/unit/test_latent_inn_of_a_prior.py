@@ -62,14 +62,13 @@ def priors(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[int, 
     for channels in (4, 16):
         found[channels] = build("unconditional", root / f"prior{channels}")
         torch.manual_seed(channels)
-        blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        blocks: dict[str, Any] = {
+            "block_out_channels": (8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+        }
         vae = AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=channels,
-            mid_block_add_attention=False,
-            **blocks,
+            layers_per_block=1, norm_num_groups=4, latent_channels=channels, mid_block_add_attention=False, **blocks
         )
         with torch.no_grad():
             z = vae.encode(images * 2 - 1).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]
