@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from families import build, plain_unet
 from latentindigo.data import PhotoFolder
 from latentindigo.images import load_image
+from latentindigo.latents import decode_latents, encode_pixels
 from latentindigo.loading import load_latent_inn
 from latentindigo.objectives import OBJECTIVES, LatentINNObjective
 from latentindigo.pipeline import ModelLoadError, RestorationPipeline
-from latentindigo.prior import decode_latents, encode_pixels
 from latentindigo.training import load_recipe, train
 from tolerances import assert_close
 
