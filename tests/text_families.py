@@ -15,7 +15,7 @@ __all__ = ["write_text_encoders"]
 CLIPS: dict[str, list[tuple[int, int]]] = {
     "sd": [(16, 0)],
     "sdxl": [(8, 0), (8, 12)],
-    "sd3": [(8, 6), (8, 6)],
+    "sd3": [(6, 6), (6, 6)],
     "flux": [(12, 0)],
 }
 T5_WIDTH = 16

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["EMBEDDED", "model_folder", "upload_folder"]
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
-_FILES = ["*.json", "*.safetensors", "*.md"]
+_FILES = ["*.json", "*.safetensors", "*.md", "*merges.txt", "*spiece.model"]
 
 
 def model_folder(name: str | os.PathLike[str], **download: Any) -> Path:

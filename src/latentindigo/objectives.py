@@ -31,10 +31,10 @@ from latentindigo.data import PhotoFolder, sample_generator
 from latentindigo.degradations import apply, check_training_range, draw_simple, draw_training
 from latentindigo.images import contact_sheet
 from latentindigo.inn import DegradationEncoder, Estimator, InvertibleNet
+from latentindigo.latents import decode_latents, encode_pixels, latent_grid
 from latentindigo.lifting import CoarseGain, ConditionedBlocks, haar_lift, lazy_split
 from latentindigo.loading import load_autoencoder
 from latentindigo.model_folder import model_folder
-from latentindigo.prior import decode_latents, encode_pixels, latent_grid
 
 __all__ = ["OBJECTIVES", "Objective"]
 

@@ -165,9 +165,10 @@ class StoredPipeline(DiffusionPipeline):
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
                     parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
-                if latent_inn != "model":
-                    given = latent_inn
-                    parts["latent_inn"] = load_latent_inn(given) if isinstance(given, (str, os.PathLike)) else given
+                if latent_inn is None or isinstance(latent_inn, InvertibleNet):
+                    parts["latent_inn"] = latent_inn
+                elif latent_inn != "model":
+                    parts["latent_inn"] = load_latent_inn(latent_inn)
                 dtypes = {"default": dtype, **dict.fromkeys(_EXACT, torch.float32)}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
             pipe.presets, pipe.init_model = load_presets(folder), restorer

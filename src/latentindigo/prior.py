@@ -28,6 +28,7 @@ from torch import Tensor
 
 from latentindigo.backbones import Capabilities, backbone_of
 from latentindigo.conditioning import Conditioning
+from latentindigo.latents import dtype_of, latent_affine, latent_from, latent_grid
 from latentindigo.offloading import execution_device, private_copy
 from latentindigo.schedules import (
     PredictionType,
@@ -47,16 +48,7 @@ from latentindigo.schedules import (
 )
 from latentindigo.tiling import TilingConfig, tiled_map
 
-__all__ = [
-    "Calls",
-    "LatentPrior",
-    "Prediction",
-    "Trajectory",
-    "decode_latents",
-    "encode_pixels",
-    "in_full_precision",
-    "latent_grid",
-]
+__all__ = ["Calls", "LatentPrior", "Prediction", "Trajectory", "in_full_precision"]
 
 Network = TypeVar("Network")
 
@@ -168,7 +160,7 @@ class LatentPrior:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the denoiser computes in; what goes in and comes out of this class is float32 all the same."""
-        return _dtype_of(self.denoiser)
+        return dtype_of(self.denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +239,7 @@ class LatentPrior:
 
         def encode(part: Tensor) -> Tensor:
             pixels = 2.0 * part.to(device, state) - 1.0
-            return in_full_precision(self.vae, lambda vae: _latent_from(vae.encode(pixels.to(_dtype_of(vae)))))
+            return in_full_precision(self.vae, lambda vae: latent_from(vae.encode(pixels.to(dtype_of(vae)))))
 
         if self._tiling is None:
             latent = encode(x)
@@ -255,7 +247,7 @@ class LatentPrior:
             tile, overlap = self._tiling.tile, self._tiling.overlap
             latent = tiled_map(encode, x, tile, overlap, scale_den=self.downsampling, batch=self._tile_batch)
         latent = latent.to(state)
-        scale, shift = _latent_affine(self.vae, latent)
+        scale, shift = latent_affine(self.vae, latent)
         return (latent - shift) * scale
 
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
@@ -268,11 +260,11 @@ class LatentPrior:
             Images, (B, 3, fh, fw), float32, on the [0, 1] scale but not clamped to it, so that gradients survive.
         """
         self.calls.decoder += 1
-        scale, shift = _latent_affine(self.vae, z)
+        scale, shift = latent_affine(self.vae, z)
         latent = z / scale + shift
 
         def decode(part: Tensor) -> Tensor:
-            return in_full_precision(self.vae, lambda vae: vae.decode(part.to(_dtype_of(vae))).sample)
+            return in_full_precision(self.vae, lambda vae: vae.decode(part.to(dtype_of(vae))).sample)
 
         decoded = self._on_latent_tiles(decode, latent, self.downsampling)
         calls = self.calls
@@ -345,7 +337,7 @@ class LatentPrior:
             times, conditioning = time.expand(part.shape[0]), self.conditioning
             return in_full_precision(
                 self.denoiser,
-                lambda net: self._backbone.evaluate(net, part.to(_dtype_of(net)), times, conditioning, canvas),
+                lambda net: self._backbone.evaluate(net, part.to(dtype_of(net)), times, conditioning, canvas),
             )
 
         output = self._on_latent_tiles(denoise, z, 1)
@@ -582,10 +574,10 @@ def in_full_precision(network: Network, run: Callable[[Network], Tensor]) -> Ten
         What it gave.
     """
     output = run(network)
-    if _dtype_of(network) not in (torch.float16, torch.bfloat16) or bool(output.isfinite().all()):
+    if dtype_of(network) not in (torch.float16, torch.bfloat16) or bool(output.isfinite().all()):
         return output
     warnings.warn(
-        f"{type(network).__name__} gave numbers that are not finite in {_dtype_of(network)}; this part is computed "
+        f"{type(network).__name__} gave numbers that are not finite in {dtype_of(network)}; this part is computed "
         "again in float32. Load the model with float32 (--dtype float32) to save the time",
         stacklevel=2,
     )
@@ -593,91 +585,8 @@ def in_full_precision(network: Network, run: Callable[[Network], Tensor]) -> Ten
     return run(full.float())
 
 
-def encode_pixels(vae: Any, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-    """Encode whole images with an autoencoder alone, without a denoiser; `LatentPrior.encode` can tile and counts.
-
-    Args:
-        vae: An autoencoder of diffusers or of ours.
-        x: Images in [0, 1], sides multiples of its downsampling.
-
-    Returns:
-        Scaled latents, float32.
-    """
-    latent = _latent_from(vae.encode((x * 2 - 1).to(_dtype_of(vae)))).float()
-    scale, shift = _latent_affine(vae, latent)
-    return (latent - shift) * scale
-
-
-def decode_latents(vae: Any, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-    """Decode whole latents with an autoencoder alone.
-
-    Args:
-        vae: An autoencoder of diffusers or of ours.
-        z: Scaled latents.
-
-    Returns:
-        Images on the [0, 1] scale, not clamped, float32.
-    """
-    scale, shift = _latent_affine(vae, z)
-    return (vae.decode((z / scale + shift).to(_dtype_of(vae))).sample.float() + 1) / 2
-
-
-def _dtype_of(network: Any) -> torch.dtype:
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
 def _same_values(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and (a is b or (a.shape == b.shape and torch.equal(a, b.to(a))))
-
-
-def _latent_from(encoded: Any) -> Tensor:
-    """Take the latents out of whatever an autoencoder's `encode` returns; the mode of a distribution."""
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode()
-    for name in ("latents", "latent"):
-        if hasattr(encoded, name):
-            return getattr(encoded, name)
-    raise ValueError(
-        f"expected encode() to return .latent_dist, .latents or .latent, got {type(encoded).__name__}; "
-        "wrap the autoencoder so that it follows diffusers"
-    )
-
-
-def _latent_affine(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift) of scaled latents = (latents − shift) · scale, per channel where the model has it so."""
-    config = vae.config
-    scale = like.new_tensor(getattr(config, "scaling_factor", None) or 1.0)
-    shift = like.new_tensor(getattr(config, "shift_factor", None) or 0.0)
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        shift = shift + like.new_tensor(mean).view(1, -1, 1, 1)
-        scale = scale / like.new_tensor(std).view(1, -1, 1, 1)
-    return scale, shift
-
-
-def latent_grid(vae: Any) -> tuple[int, int]:
-    """Return (pixels per latent cell, latent channels), from the configuration or, failing that, from a trial.
-
-    Args:
-        vae: An autoencoder of diffusers or of ours.
-
-    Returns:
-        The two numbers.
-    """
-    config = vae.config
-    channels = getattr(config, "latent_channels", None)
-    factor = getattr(config, "downsampling", None) or getattr(vae, "spatial_compression_ratio", None)
-    blocks = getattr(config, "block_out_channels", None)
-    if factor is None and blocks is not None:
-        factor = 2 ** (len(blocks) - 1)
-    if factor is not None and channels is not None:
-        return int(factor), int(channels)
-    with torch.no_grad():
-        size = 64
-        latent = _latent_from(
-            vae.encode(torch.zeros(1, 3, size, size, dtype=_dtype_of(vae), device=execution_device(vae)))
-        )
-    return size // latent.shape[-1], latent.shape[1]
 
 
 def _check_channels(channels: tuple[int | None, int | None], latent_channels: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from families import FAMILIES, build, tokens_for
 from latentindigo.backbones import Backbone, FluxTransformer, SDXLUNet
 from latentindigo.conditioning import Conditioning
-from latentindigo.guidance import DataTerm, GuidanceConfig, PixelINN, Regulariser
+from latentindigo.guidance import GuidanceConfig, PixelINN, Regulariser
 from latentindigo.loading import PriorParts, load_prior
 from latentindigo.pipeline import RestorationPipeline
 from latentindigo.prior import LatentPrior
@@ -317,21 +317,21 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before: list[float] = []
         self.after: list[float] = []
-        self.data: DataTerm | None = None
-        descent, spy = PixelINN.descent, self
+        self.data: PixelINN | None = None
+        self.loss, spy = PixelINN.loss, self
 
-        def watched(data: PixelINN, z0: Tensor, gain: Tensor) -> Tensor:
+        def watched(data: PixelINN, z0: Tensor) -> Tensor:
             spy.data = data
-            with torch.no_grad():
-                spy.before.append(float(data.loss(z0).sum()))
-            return descent(data, z0, gain)
+            loss = spy.loss(data, z0)
+            spy.before.append(float(loss.detach().sum()))
+            return loss
 
-        monkeypatch.setattr(PixelINN, "descent", watched)
+        monkeypatch.setattr(PixelINN, "loss", watched)
 
     def __call__(self, pipe: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> None:
         assert self.data is not None
         with torch.no_grad():
-            self.after.append(float(self.data.loss(tensors["z0"]).sum()))
+            self.after.append(float(self.loss(self.data, tensors["z0"]).sum()))
 
 
 def check_data_term_falls(spy: Spy) -> None:

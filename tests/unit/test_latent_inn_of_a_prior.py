@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from families import build, plain_unet
 from latentindigo.data import PhotoFolder
 from latentindigo.images import load_image
+from latentindigo.latents import decode_latents, encode_pixels
 from latentindigo.loading import load_latent_inn
 from latentindigo.objectives import OBJECTIVES, LatentINNObjective
 from latentindigo.pipeline import ModelLoadError, RestorationPipeline
-from latentindigo.prior import decode_latents, encode_pixels
 from latentindigo.training import load_recipe, train
 from tolerances import assert_close
 
@@ -62,17 +62,13 @@ def priors(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[int, 
     for channels in (4, 16):
         found[channels] = build("unconditional", root / f"prior{channels}")
         torch.manual_seed(channels)
-        blocks: Any = {
+        blocks: dict[str, Any] = {
             "block_out_channels": (8, 8, 8),
             "down_block_types": ("DownEncoderBlock2D",) * 3,
             "up_block_types": ("UpDecoderBlock2D",) * 3,
         }
         vae = AutoencoderKL(
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=channels,
-            mid_block_add_attention=False,
-            **blocks,
+            layers_per_block=1, norm_num_groups=4, latent_channels=channels, mid_block_add_attention=False, **blocks
         )
         with torch.no_grad():
             z = vae.encode(images * 2 - 1).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]

@@ -98,7 +98,7 @@ def test_embeddings_are_those_of_the_familys_own_pipeline(name: str, folders: di
     assert same(positive.pooled, theirs["pooled"])
     assert same(negative.tokens, theirs["negative"])
     assert same(negative.pooled, theirs["negative_pooled"])
-    assert float((positive.tokens - negative.tokens).abs().mean()) > 0.1
+    assert float((positive.tokens - negative.tokens).abs().max()) > 0.1
 
 
 @torch.no_grad()
