@@ -184,9 +184,7 @@ def test_stochastic_samples_have_the_closed_form_mean_and_variance() -> None:
 def test_moments_law_catches(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = moments_prior(ddim, "epsilon")
     if defect == "scaling":  # A decoder that forgets the latents' scaling factor.
-        monkeypatch.setattr(
-            prior_module, "_latent_affine", lambda vae, like: (like.new_tensor(1.0), like.new_zeros(()))
-        )
+        monkeypatch.setattr(prior_module, "latent_affine", lambda vae, like: (like.new_tensor(1.0), like.new_zeros(())))
     if defect == "level":  # A denoiser told a time step that is not the one of its input.
         denoise = prior._denoise
         monkeypatch.setattr(prior, "_denoise", lambda z, t: denoise(z, (t + 60).clamp(max=999)))
@@ -630,9 +628,7 @@ def test_autoencoder_law_catches(defect: str, monkeypatch: pytest.MonkeyPatch) -
     if defect == "range":
         monkeypatch.setattr(prior, "decode", lambda z: 2.0 * decode(z) - 1.0)
     if defect == "shift":
-        monkeypatch.setattr(
-            prior_module, "_latent_affine", lambda vae, like: (like.new_tensor(0.5), like.new_zeros(()))
-        )
+        monkeypatch.setattr(prior_module, "latent_affine", lambda vae, like: (like.new_tensor(0.5), like.new_zeros(())))
     if defect == "graph":
         monkeypatch.setattr(prior, "decode", lambda z: 0.5 * decode(z) + 0.5 * decode(z).detach())
     with pytest.raises(AssertionError):

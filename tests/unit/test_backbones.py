@@ -94,11 +94,11 @@ def test_the_pooled_embedding_matters(name: str) -> None:
 def test_distilled_networks_take_the_scale_as_an_input_and_run_once() -> None:
     told = tokens_for("flux", scale=3.5)
     assert told is not None
-    z, calls = torch.randn(1, 4, 8, 8), []
+    z, sizes = torch.randn(1, 4, 8, 8), []
     network = flux_transformer(guidance=True).eval()
-    network.register_forward_hook(lambda *_: calls.append(1))
+    network.register_forward_hook(lambda _, __, output: sizes.append(len(output.sample)))
     first = evaluate(network, z, told)
-    assert len(calls) == 1
+    assert sizes == [1]
     assert not torch.equal(first, evaluate(network, z, Conditioning(told.positive, told.negative, 7.0)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import build, tiny_autoencoder, tokens_for
@@ -123,8 +123,6 @@ def test_a_single_file_in_the_original_keys_loads_offline(folder: Path, single: 
 def test_a_single_file_takes_a_missing_autoencoder_from_the_configurations(
     folder: Path, single: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file
-
     weights = {k: v for k, v in load_file(single[0]).items() if k.startswith("model.")}
     save_file(weights, tmp_path / "unet.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds no autoencoder; put one's weights into config/vae"):
@@ -147,6 +145,15 @@ def test_a_single_file_with_another_models_configuration_is_refused(
     (config / "unet" / "config.json").write_text(json.dumps(described | change))
     with pytest.raises(ValueError, match=r"give the configuration of that very model"):
         load_prior(single[0], config=config)
+
+
+@pytest.mark.parametrize("name", ["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.weight"])
+def test_a_file_that_lacks_tensors_is_refused(single: tuple[Path, Path], name: str, tmp_path: Path) -> None:
+    weights = load_file(single[0])
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model.safetensors' does not hold the .*of that very model"):
+        load_prior(tmp_path / "model.safetensors", config=single[1])
 
 
 def test_a_broken_file_is_told_apart(single: tuple[Path, Path], tmp_path: Path) -> None:
