@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -32,6 +32,8 @@ from latentindigo.prompts import Prompter
 from latentindigo.tuning import checkpoint_networks, compile_networks
 
 __all__ = ["ModelLoadError", "StoredPipeline"]
+
+Pipe = TypeVar("Pipe", bound="StoredPipeline")
 
 _EXACT = ("degradation_encoder", "pixel_inn", "latent_inn")  # gamma steers everything, and the INNs' sums are undone.
 
@@ -104,7 +106,7 @@ class StoredPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  (diffusers' own signature is **kwargs)
-        cls,
+        cls: type[Pipe],
         model: str | os.PathLike[str] = "embedded",
         *,
         prior: str | os.PathLike[str] | None = None,
@@ -115,7 +117,7 @@ class StoredPipeline(DiffusionPipeline):
         device: str | torch.device | None = None,
         init_model: str | os.PathLike[str] | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Pipe:
         """Load a model.
 
         Args:
@@ -184,7 +186,7 @@ class StoredPipeline(DiffusionPipeline):
         return pipe if device is None else pipe.to(device)
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
+    def from_pipe(cls: type[Pipe], pipeline: Any, **kwargs: Any) -> Pipe:
         """A pipeline that shares the networks and presets of another; nothing is loaded or copied.
 
         Args:
@@ -261,7 +263,7 @@ class StoredPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, card=card, push_to_hub=True, repo_id=repo_id, **kwargs)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: Pipe, *args: Any, **kwargs: Any) -> Pipe:
         """Move to a device, change the dtype, or both; as in `from_pretrained`, what must be exact stays float32.
 
         Args:
@@ -362,7 +364,7 @@ class StoredPipeline(DiffusionPipeline):
     def _networks(self) -> dict[str, torch.nn.Module]:
         return {n: c for n, c in self.components.items() if isinstance(c, torch.nn.Module)}
 
-    def compile_networks(self) -> Self:
+    def compile_networks(self: Pipe) -> Pipe:
         """Compile the large networks by `torch.compile`, see `latentindigo.tuning`.
 
         On an accelerator it pays for many images of one size. On a CPU convolutions take the time, and they stay what
@@ -375,7 +377,7 @@ class StoredPipeline(DiffusionPipeline):
         compile_networks(network for name, network in self._networks().items() if name in names)
         return self
 
-    def enable_checkpointing(self) -> Self:
+    def enable_checkpointing(self: Pipe) -> Pipe:
         """Keep less of the networks for the gradients of "stopped" and "through": less memory, about a third more time.
 
         Returns:
