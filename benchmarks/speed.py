@@ -18,7 +18,6 @@ import math
 import operator
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,18 +28,29 @@ from typing import Any
 
 import torch
 from bench import ROOT, Bench, entry_of, say
+from processes import FIRST_STEP, run_python, stand_ins
 from rrdbnet import RRDBNet
+from seams import line_steps, seam_pictures
 from torch import Tensor
 
 from latentindigo import RestorationPipeline
 from latentindigo.baselines import Pipeline
-from latentindigo.canvas import centre_crop, tiling_from
+from latentindigo.canvas import AUTO_TILE, overlapping, tiling_from
 from latentindigo.comparison import Contender, compare, compared_to, release_memory, summary_of
-from latentindigo.degradations import blur, gaussian_kernel
-from latentindigo.evaluation import Protocol, Row, bootstrap_interval, make_row, markdown_table, peak_mb, reset_peak
+from latentindigo.evaluation import (
+    Pair,
+    Protocol,
+    Row,
+    bootstrap_interval,
+    make_row,
+    markdown_table,
+    peak_mb,
+    reset_peak,
+)
 from latentindigo.guidance import UPDATES, LearnedForward
 from latentindigo.images import LoadedImage, list_images, load_image, pil_resize, save_image
 from latentindigo.metrics import psnr, round8
+from latentindigo.pipeline import MOST_TILES_AT_ONCE
 from latentindigo.tiling import TilingConfig, plan_tiles
 
 STEPS = 10
@@ -256,10 +266,14 @@ def pixel(bench: SpeedBench) -> Sequence[str]:
 def every(bench: SpeedBench) -> Sequence[str]:
     """PixelINN in the last of every three steps against every step, in 10 steps and in 20, photo by photo.
 
-    Of 10 steps 3 are guided, of 20 there are 6; what is not guidance is the same for both and weighs more in 10.
+    Photos of val are small: four of them, damaged one by one, make a picture of 512 x 512, the other suites' size. Of
+    10 steps 3 are guided, of 20 there are 6.
     """
     protocol = Protocol("medium", "medium", 4, "val")
-    pairs, settings = bench.pairs(protocol), {"method": "pixel-inn", "update": "stopped", "init": "estimator"} | SAMPLER
+    pairs, settings = (
+        _in_fours(bench.pairs(protocol)),
+        {"method": "pixel-inn", "update": "stopped", "init": "estimator"} | SAMPLER,
+    )
     for steps in (10, 20):
         contenders = [
             Contender(
@@ -277,6 +291,19 @@ def every(bench: SpeedBench) -> Sequence[str]:
         bench.bar(f"PixelINN every third of {steps} steps: time saved, %", saved, 55, least=True)
         bench.bar(f"PixelINN every third of {steps} steps: mean PSNR lost, dB", lost, 0.1)
     return ("psnr", "seconds")
+
+
+def _in_fours(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pictures of two by two photos of one size."""
+
+    def square(four: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.cat(list(row), -1) for row in (four[:2], four[2:])], -2)
+
+    groups = [pairs[k : k + 4] for k in range(0, len(pairs) - 3, 4)]
+    return [
+        Pair(" + ".join(p.name for p in four), square([p.clean for p in four]), square([p.y for p in four]), k)
+        for k, four in enumerate(groups)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- whole restoring
@@ -407,7 +434,7 @@ def seams(bench: SpeedBench) -> Sequence[str]:
     | figure | meaning |
     | --- | --- |
     | step | mean of their absolute values along the line, over colours: grain that differs counts as much as a seam |
-    | jump | absolute value of their mean along one tile, largest over tiles and colours: grain cancels, a seam stays |
+    | jump | absolute value of their mean along a tile and over seeds, largest over tiles and colours: grain cancels |
 
     Border lines are all lines of the stretches that two neighbouring tiles share, for somewhere in there one tile gives
     way to the other, be it by a ramp or by a cut; all other lines are inside. Ratios are of the largest border line to
@@ -420,16 +447,23 @@ def seams(bench: SpeedBench) -> Sequence[str]:
     if len(spans) < 2:
         sys.exit(f"one tile has no seams; give a --side above {SEAM_TILE}")
     bench.protocols.append(Protocol("seams", "none", 4, "real, and drawn"))
-    for name, y in _seam_pictures(bench, side // 4).items():
-        tiled, whole = (bench.pipe(y, 4, tile=tile, output_type="pt").images[0] for tile in (SEAM_TILE, None))
-        values = _line_steps(tiled - whole, spans)
-        values["psnr_to_untiled"] = close = float(psnr(round8(tiled)[None], round8(whole)[None]))
+    for name, y in seam_pictures(bench.folder("real"), side // 4).items():
+        differences: list[Tensor] = []
+        close: list[float] = []
+        for seed in range(bench.args.seeds):
+            tiled, whole = (
+                bench.pipe(y, 4, seed=seed, tile=tile, output_type="pt").images[0] for tile in (SEAM_TILE, None)
+            )
+            differences.append(tiled - whole)
+            close.append(float(psnr(round8(tiled)[None], round8(whole)[None])))
+        values = line_steps(differences, spans)
+        values["psnr_to_untiled"] = min(close)
         for kind in ("step", "jump"):
             border, inside = (max(SMALLEST_STEP, values[f"{place}_{kind}"]) for place in ("border", "inside"))
             values[f"{kind}_ratio"] = border / inside
-        bench.report([make_row("seams", name, "seams", "repeat 0", **values)], *values)
+        bench.report([make_row("seams", name, "seams", "all seeds", **values)], *values)
         if name != "flat grey":
-            bench.bar(f"{name}: PSNR of tiled to untiled, dB", close, 35, least=True)
+            bench.bar(f"{name}: PSNR of tiled to untiled, dB", min(close), 35, least=True)
             for kind in ("step", "jump"):
                 bench.bar(f"{name}: largest {kind} at borders over inside", values[f"{kind}_ratio"], 1.1)
         if name in ("gradient", "flat grey"):
@@ -437,62 +471,57 @@ def seams(bench: SpeedBench) -> Sequence[str]:
     return ("psnr_to_untiled", "border_step", "inside_step", "border_jump", "inside_jump")
 
 
-def _line_steps(difference: Tensor, spans: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Largest step and jump of a line in the stretches that tiles share, and elsewhere; see `seams`."""
-    shared = torch.zeros(spans[-1][1] - 1, dtype=torch.bool)
-    for (_, stop), (start, _) in pairwise(spans):
-        shared[start - 1 : stop] = True
-    lines: dict[str, list[Tensor]] = {"step": [], "jump": []}
-    for x in (difference, difference.transpose(-2, -1)):
-        across = x.diff(dim=-1) * 255
-        lines["step"].append(across.abs().mean((0, 1)))
-        lines["jump"].append(torch.stack([across[:, a:b].mean(1).abs().amax(0) for a, b in spans]).amax(0))
-    places = {"border": shared, "inside": ~shared}
-    return {f"{p}_{k}": float(torch.stack(v)[:, at].max()) for p, at in places.items() for k, v in lines.items()}
+def tiles(bench: SpeedBench) -> Sequence[str]:
+    """Tiles per second of the denoiser on a canvas, against its bare forward passes on tiles at the best batch size."""
+    side, prior = bench.args.side, bench.prior
+    tiling = overlapping(AUTO_TILE, multiple=prior.size_multiple)
+    factor = prior.downsampling
+    spans = plan_tiles(side // factor, tiling.tile // factor, tiling.overlap // factor, prior.size_multiple // factor)
+    count, cells = len(spans) ** 2, spans[0][1] - spans[0][0]
+    z = torch.randn(1, prior.latent_channels, side // factor, side // factor, device=prior.device)
+    t, denoiser = torch.tensor([500], device=prior.device), bench.pipe.denoiser
 
+    def bare(batch: int) -> Work:
+        part = torch.randn(batch, z.shape[1], cells, cells, device=prior.device, dtype=prior.dtype)
+        part, times = part.contiguous(memory_format=torch.channels_last), t.expand(batch)
 
-def _seam_pictures(bench: SpeedBench, side: int) -> dict[str, Tensor]:
-    """A gradient, stars on black, the middle of a real photo, and plain grey, each (3, side, side)."""
-    ramp = torch.linspace(0.2, 0.8, side).expand(side, side)
-    generator = torch.Generator().manual_seed(0)
-    stars = (torch.rand(side, side, generator=generator) < 0.003) * torch.rand(side, side, generator=generator)
-    stars = blur(stars.expand(1, 3, -1, -1), gaussian_kernel(7, 0.8))[0]
-    photos = (load_image(path).rgb for path in list_images(bench.folder("real")))
-    return {
-        "gradient": torch.stack([ramp, ramp.T, (ramp + ramp.T.flip(0)) / 2]),
-        "stars": (stars / stars.max()).clamp(0, 1),
-        "photo": centre_crop(next(x for x in photos if min(x.shape[-2:]) >= side), (side, side)),
-        "flat grey": torch.full((3, side, side), 0.5),
-    }
+        def work(_: int) -> dict[str, Any]:
+            start = now()
+            for _ in range(-(-count // batch)):
+                denoiser(part, times)
+            return {"tiles_per_second": -(-count // batch) * batch / (now() - start)}
+
+        return work
+
+    def tiled(batch: int) -> Work:
+        trajectory = prior.tiled(tiling, batch).trajectory(STEPS, 0.5)
+
+        def work(_: int) -> dict[str, Any]:
+            start = now()
+            trajectory.predict(z, 0)
+            return {"tiles_per_second": count / (now() - start)}
+
+        return work
+
+    batches = [1] if prior.device.type == "cpu" else [1, 2, 4, 8, 16]
+    alone = {("bare", f"batch {b}"): bare(b) for b in batches}
+    ours = {("tiled", f"batch {b}"): tiled(b) for b in batches if b <= MOST_TILES_AT_ONCE}
+    found = bench.take_turns(f"{side}", {**alone, **ours})
+    speeds = {part: statistics.median(row["tiles_per_second"] for row in rows) for part, rows in found.items()}
+    best = max(alone, key=lambda part: speeds[part])
+    for rows in found.values():
+        bench.report(rows, "tiles_per_second", over_best=ratios(rows, found[best], "tiles_per_second"))
+    chosen = found["tiled", f"batch {max(b for b in batches if b <= MOST_TILES_AT_ONCE)}"]
+    bench.bar(
+        "tiles over bare forward passes at the best batch",
+        ratios(chosen, found[best], "tiles_per_second"),
+        0.8,
+        least=True,
+    )
+    return ("tiles_per_second", "over_best")
 
 
 # ------------------------------------------------------------------------------------------------------------- startup
-
-# Runs the command line, and tells when the denoiser was first called and which packages were imported by the end.
-_FIRST_STEP = """
-import json, sys, time, torch
-denoiser, packages, first = sys.argv.pop(), sys.argv.pop().split(","), []
-torch.nn.modules.module.register_module_forward_pre_hook(
-    lambda module, _: first.append(time.time()) if not first and type(module).__name__ == denoiser else None
-)
-from latentindigo.cli import main
-try:
-    main()
-finally:
-    print(json.dumps({"first": first[0], "imported": [name for name in packages if name in sys.modules]}))
-"""
-# A package that stands in for one that is not installed: whatever is asked of it is an empty class.
-_STAND_IN = "__version__ = '99.0'\ndef __getattr__(name):\n    return type(name, (), {})\n"
-
-
-def run_python(arguments: Sequence[str], *paths: Path) -> str:
-    """Run Python in a process of its own, with folders put in front of its path; the last line that it prints."""
-    path = os.pathsep.join(filter(None, [*map(str, paths), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})  # noqa: S603
-    if done.returncode:
-        raise RuntimeError(f"a process of its own failed: {done.stderr.strip()[-500:]}")
-    return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def same_options(args: argparse.Namespace) -> list[str]:
@@ -512,7 +541,7 @@ def startup(bench: SpeedBench) -> Sequence[str]:
         save_image(LoadedImage(rgb=bench.photo(32), mode="RGB"), folder / "photo.png")
         files = ["restore", str(folder / "photo.png"), "--out", str(folder / "restored.png"), "--overwrite"]
         names = [",".join(NOT_NEEDED), type(bench.pipe.denoiser).__name__]
-        restore = ["-c", _FIRST_STEP, *files, *same_options(bench.args), *names]
+        restore = ["-c", FIRST_STEP, *files, *same_options(bench.args), *names]
         torch_alone = ["-c", "import time, torch; print(time.time())"]
 
         def first_step(*paths: Path) -> dict[str, Any]:
@@ -529,7 +558,7 @@ def startup(bench: SpeedBench) -> Sequence[str]:
         alone, first, nothing, helping = (found := bench.take_turns("startup", parts)).values()
         imported = {
             "as installed here": first[0]["imported"],
-            "with stand-ins": first_step(_stand_ins(folder))["imported"],
+            "with stand-ins": first_step(stand_ins(folder, NOT_NEEDED))["imported"],
         }
     for rows in found.values():
         bench.report(rows, "seconds")
@@ -542,22 +571,11 @@ def startup(bench: SpeedBench) -> Sequence[str]:
     return ("seconds",)
 
 
-def _stand_ins(folder: Path) -> Path:
-    """Stand-ins for the packages that are not needed, in a folder for Python's path."""
-    for name in NOT_NEEDED:
-        facts = folder / "stand-ins" / f"{name}-99.0.dist-info"
-        for place in (folder / "stand-ins" / name, folder / "stand-ins" / name / "utils", facts):
-            place.mkdir(parents=True)
-            (place / "__init__.py").write_text(_STAND_IN)
-        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
-    return folder / "stand-ins"
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 SUITES: dict[str, Callable[[SpeedBench], Sequence[str]]] = {
     suite.__name__: suite
-    for suite in (guidance, pixel, every, rrdbnet, sizes, overhead, startup, dtypes, seams, profile)
+    for suite in (guidance, pixel, every, rrdbnet, sizes, overhead, startup, dtypes, seams, profile, tiles)
 }
 
 
@@ -577,11 +595,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     helps = {name: (suite.__doc__ or "").split("\n")[0] for name, suite in SUITES.items()}
     parts = {name: suites.add_parser(name, parents=[common], help=text) for name, text in helps.items()}
     parts["peak"] = suites.add_parser("peak", parents=[common])  # Without a help text it is not listed.
-    parts["every"].add_argument("--limit", type=int, default=10, help="first N photos; each is a repeat")
+    parts["every"].add_argument("--limit", type=int, default=40, help="first N photos, four to a picture and repeat")
     parts["sizes"].add_argument("--sides", type=int, nargs="+", default=[512, 1024, 2048], help="sides of the outputs")
     parts["sizes"].add_argument("--peak-sides", type=int, nargs=2, default=[1024, 4096], help="the same, for memory")
-    for name in ("seams", "peak"):
-        parts[name].add_argument("--side", type=int, default=1024, help="side of the output")
+    for name, side in (("seams", 1024), ("peak", 1024), ("tiles", 4096)):
+        parts[name].add_argument("--side", type=int, default=side, help="side of the output")
+    parts["seams"].add_argument("--seeds", type=int, default=3, help="restorations of each picture")
     return parser.parse_args(argv)
 
 
