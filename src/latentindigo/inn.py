@@ -190,7 +190,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """
         for module in self.modules():
             if isinstance(module, ConditionedConvNet):
-                module.compute_dtype = dtype
+                module.compute_dtype = None if dtype == torch.float32 else dtype
         return self
 
     @property

@@ -164,7 +164,7 @@ def test_unchanged_by_a_refined_call(tiny_pipeline: RestorationPipeline) -> None
 
 
 def test_unchanged_catches_refinement_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentindigo.guidance.copy.deepcopy", lambda network: network)
+    monkeypatch.setattr("latentindigo.guidance.private_copy", lambda network: network)
     with pytest.raises(AssertionError):
         check_unchanged(build_pipeline())
 

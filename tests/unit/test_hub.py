@@ -124,7 +124,7 @@ def test_which_files_of_the_hub(tiny_model: Path, monkeypatch: pytest.MonkeyPatc
     assert repo == "someone/tiny"
     assert (keywords["revision"], keywords["token"]) == ("v2", "secret")
     # No pickles, no code.
-    assert set(keywords["allow_patterns"]) == {"*.json", "*.safetensors", "*.md"}
+    assert set(keywords["allow_patterns"]) == {"*.json", "*.safetensors", "*.md", "*merges.txt", "*spiece.model"}
 
 
 @pytest.mark.parametrize("name", ["not a folder", "a/b/c", "./nowhere/x", "user/re po"])

@@ -268,5 +268,7 @@ def test_a_cheap_autoencoder_of_other_latents_is_refused(folder: Path, tmp_path:
 
 def test_a_denoiser_that_is_told_nothing_says_so(folder: Path) -> None:
     pipe = RestorationPipeline.from_pretrained("embedded", prior=folder)
-    with pytest.raises(ValueError, match=r"expected a conditioning .* stable-diffusion .*set pipe\.conditioning"):
+    with pytest.raises(FileNotFoundError, match=r"folders text_encoder and tokenizer .* found none; add them, or give"):
         pipe(torch.rand(1, 3, 8, 8), steps=1)
+    with pytest.raises(ValueError, match=r"expected a conditioning .* stable-diffusion .*set pipe\.conditioning"):
+        pipe.prior.trajectory(1)

@@ -17,16 +17,14 @@ def blurred(radius: int, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("radius", [0, 1, 5])
 def test_a_box_is_seen_to_its_edge(radius: int) -> None:
-    assert reach_of(lambda x: blurred(radius, x), torch.rand(1, 3, 32, 24)) == pytest.approx(
-        max(0, radius - 0), abs=0.5
-    )
+    assert reach_of(lambda x: blurred(radius, x), torch.rand(1, 3, 32, 24)) == radius
 
 
 def test_a_function_that_enlarges_or_shrinks_is_measured_on_its_inputs_grid() -> None:
     enlarging = reach_of(lambda x: F.interpolate(blurred(3, x), scale_factor=4), torch.rand(1, 3, 32, 32))
     shrinking = reach_of(lambda x: F.avg_pool2d(blurred(8, x), 4), torch.rand(1, 3, 64, 64))
-    assert enlarging == pytest.approx(3, abs=0.5)
-    assert shrinking == pytest.approx(8, abs=3)
+    assert 2 < enlarging <= 3  # Up to the middle of the last quarter of a pixel.
+    assert 8 <= shrinking < 8 + 4  # The last output that answers lies within one of its own pixels.
 
 
 def test_what_is_faint_everywhere_does_not_count() -> None:
