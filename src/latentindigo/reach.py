@@ -32,8 +32,8 @@ def reach_of(
         step: The change, added to every channel of the middle pixel.
 
     Returns:
-        Pixels of `x` between the changed one and the farthest that still answers, at most half of the longer side; 0
-        for a function that does not answer at all.
+        Pixels of `x` from the middle of the changed one to the middle of the farthest that still answers, at most half
+        of the longer side; 0 for a function that does not answer at all.
     """
     changed = x.clone()
     row, column = x.shape[-2] // 2, x.shape[-1] // 2
@@ -43,6 +43,6 @@ def reach_of(
     if not len(seen):
         return 0.0
     scale = response.shape[-1] / x.shape[-1]
-    # Between centres: the changed pixel covers `scale` pixels of the output, or a part of one.
+    # The changed pixel covers `scale` pixels of the output, or a part of one.
     distance = ((seen + 0.5) / scale - torch.tensor([row + 0.5, column + 0.5], dtype=torch.float64)).abs().amax()
-    return max(0.0, float(distance) - 0.5)
+    return float(distance)
