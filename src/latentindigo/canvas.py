@@ -54,8 +54,8 @@ SMALLEST_TILE = 256
 TILE_GRID = 64  # Sides of tiles: a latent cell of the coarsest grid, at scale 8.
 OVERLAP_GRID = 32
 # The embedded networks' reach, measured (`reach.py`): denoiser 56 pixels, latent INN 64, estimator 26, encoder 16,
-# decoder 13, map 16, colours 31. The rest is room for the ramp.
-TILE_OVERLAP = 96
+# decoder 13, map 16, colours 31.
+TILE_OVERLAP = 64
 BATCH_PIXELS = 1024 * 1024
 
 ImageInput = PIL.Image.Image | np.ndarray | Tensor

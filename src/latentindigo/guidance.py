@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentindigo.graphs import Replay
 from latentindigo.inn import InvertibleNet
 from latentindigo.offloading import private_copy
 from latentindigo.prior import LatentPrior
@@ -193,6 +194,11 @@ class LearnedForward:
         if not self._private:
             return [(self._shared, self.gamma, x)]
         return [(net, self.gamma[i : i + 1], x[i : i + 1]) for i, net in enumerate(self._private)]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the weights stay as and where they are: neither refined nor offloaded."""
+        return not self._private and not any(hasattr(part, "_hf_hook") for part in self._shared.modules())
 
     def refine(self, parts: Iterable[Part]) -> None:
         """One Adam step on ‖coarse(u) - target‖² for each image's private copy *(paper)*.
@@ -372,8 +378,12 @@ class DataTerm:
         Returns:
             The correction to add to z0.
         """
+        return self.config.beta_at_once * per_image(gain) * self._distance_of(z0)
+
+    def _distance_of(self, z0: Tensor) -> Tensor:
+        """z_inv - z_0."""
         with torch.no_grad():
-            return self.config.beta_at_once * per_image(gain) * (self.consistent(z0) - z0)
+            return self.consistent(z0) - z0
 
     def descent(self, z0: Float[Tensor, "b c h w"], gain: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Correction -zeta_t grad_{z0} loss of the rule "stopped", zeta_t = zeta * gain.
@@ -385,10 +395,14 @@ class DataTerm:
         Returns:
             The correction to add to z0.
         """
+        return -self.config.zeta_at_once * per_image(gain) * self._gradient_of(z0)
+
+    def _gradient_of(self, z0: Tensor) -> Tensor:
+        """grad_{z0} of the loss."""
         with torch.enable_grad():
             z0 = z0.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(z0).sum(), z0)
-        return -self.config.zeta_at_once * per_image(gain) * gradient
+        return gradient
 
     def descent_through(
         self,
@@ -467,7 +481,38 @@ class PixelINN(DataTerm):
 
 
 class LatentINN(DataTerm):
-    """Data term in the latent space: u = z0, target E(y). Never calls D or E *(paper)*."""
+    """Data term in the latent space: u = z0, target E(y). Never calls D or E *(paper)*.
+
+    On an NVIDIA GPU its corrections are recorded in the second guided step and played back in later ones, unless the
+    INN is refined or offloaded, whose weights would not be where they were.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._distance, self._gradient, self._passes = Replay(), Replay(), 0
+
+    def __copy__(self) -> LatentINN:
+        """A term of its own: what was recorded with one target must not be played for another."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), _distance=Replay(), _gradient=Replay())
+        return twin
+
+    def _distance_of(self, z0: Tensor) -> Tensor:
+        return self._replayed(self._distance, super()._distance_of, z0)
+
+    def _gradient_of(self, z0: Tensor) -> Tensor:
+        return self._replayed(self._gradient, super()._gradient_of, z0)
+
+    def _replayed(self, replay: Replay, function: Callable[[Tensor], Tensor], z0: Tensor) -> Tensor:
+        model, calls = self.forward_model, self.prior.calls
+        if not (isinstance(model, LearnedForward) and model.stays):
+            return function(z0)
+        before = calls.inn
+        found = replay(function, z0)
+        # A record that is played counts nothing by itself.
+        self._passes = calls.inn - before or self._passes
+        calls.inn = before + self._passes
+        return found
 
     def open(self, z0: Tensor) -> Tensor:
         """z0 itself."""

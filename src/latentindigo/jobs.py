@@ -234,6 +234,7 @@ class Restorer(Protocol):
         guidance_scale: float | None,
         scheduler: Any,
         output_type: Any,
+        detail_maps: bool,
         callback_on_step_end: Any,
     ) -> Restoration:
         """Restore one image; the callback is called as f(pipe, step, timestep, tensors)."""
@@ -488,6 +489,7 @@ def _restore(
         guidance_scale=settings.guidance_scale,
         scheduler=settings.scheduler,
         output_type="pt",
+        detail_maps=bool(task.detail_maps),
         callback_on_step_end=after_step,
     )
     model_hash = pipe.weights_hash()

@@ -485,7 +485,8 @@ class BandMix(nn.Module):
         # The same matrix is asked for again and again while sampling; it is compared by value, so that no change hides.
         matrix, known = self.matrix.detach(), self._known
         fits = known is not None and (known[0].device, known[1].dtype) == (matrix.device, c.dtype)
-        if known is None or not fits or not torch.equal(known[0], matrix):
+        recording = matrix.is_cuda and torch.cuda.is_current_stream_capturing()  # No waiting for values then.
+        if known is None or not fits or not (recording or torch.equal(known[0], matrix)):
             known = self._known = matrix.clone(), _inverted(matrix, c)
         return self._multiply(known[1], c, d)
 

@@ -134,6 +134,7 @@ class Finish:
         tiles: Tiles of the latent canvas.
         device: Where tiles are computed.
         measured: Puts back what a known operator measured; it acts on the whole image, so there is one tile then.
+        mapped: Whether the map is made; it takes an eighth of a restoration's time.
     """
 
     prior: LatentPrior
@@ -145,6 +146,7 @@ class Finish:
     tiles: Tiles
     device: torch.device
     measured: Callable[[Tensor], Tensor] | None = None
+    mapped: bool = True
 
     def __call__(
         self,
@@ -162,7 +164,8 @@ class Finish:
             y: Padded image on the coarse grid.
 
         Returns:
-            The restored image in [0, 1] and the map of invented detail, on the canvas; with tiles in `STORED`.
+            The restored image in [0, 1] and the map of invented detail (zeros if it is not made), on the canvas; with
+            tiles in `STORED`.
         """
         factor = self.prior.downsampling
         dtype = None if len(self.tiles) == 1 else STORED
@@ -172,8 +175,10 @@ class Finish:
                 parts = tile.cut(begin, factor), tile.cut(y, factor, 2**self.levels)
                 x = self._image(tile.cut(z), tile.cut(start), *(part.to(self.device, z.dtype) for part in parts))
                 images.add(tile, x)
-                maps.add(tile, self.detail(x))
-        return images.result(), maps.result()
+                if self.mapped:
+                    maps.add(tile, self.detail(x))
+        image = images.result()
+        return image, maps.result() if self.mapped else image.new_zeros(()).expand(len(image), 1, *image.shape[-2:])
 
     def _image(self, z: Tensor, start: Tensor, begin: Tensor, y: Tensor) -> Tensor:
         settings = self.settings

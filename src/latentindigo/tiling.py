@@ -215,6 +215,7 @@ class Tiles:
             plan_tiles(side, tile, overlap, multiple) if tiling is not None else [(0, side)] for side in (height, width)
         )
         self._windows: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        self._there: dict[tuple[int, int, torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
 
     def __len__(self) -> int:
         """Return the number of tiles."""
@@ -233,6 +234,14 @@ class Tiles:
             rows, columns = (blend_windows(s, reach=self.reach * num / den, ramp=self.ramp) for s in spans)
             self._windows[num, den] = rows, columns
         return self._windows[num, den]
+
+    def windows_like(self, x: Tensor, num: int = 1, den: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+        """The same weights in the dtype and on the device of `x`; an accelerator gets them once."""
+        key = (num, den, x.dtype, x.device)
+        if key not in self._there:
+            rows, columns = self.windows(num, den)
+            self._there[key] = [w.to(x) for w in rows], [w.to(x) for w in columns]
+        return self._there[key]
 
     def weight(self, tile: Tile, num: int = 1, den: int = 1) -> Float[Tensor, "h w"]:
         """A tile's weight at each place; over all tiles they sum to 1."""
@@ -300,7 +309,7 @@ class Fusion:
             self._strip = torch.zeros(size, dtype=total, device=result.device)
         if self._strip is None:
             raise ValueError("tiles must be added row by row, from the left")
-        columns = self._tiles.windows(*self._scale)[1][tile.place[1]].to(self._strip)
+        columns = self._tiles.windows_like(self._strip, *self._scale)[1][tile.place[1]]
         self._strip[..., left:right] += columns * result.to(total)
         if tile.place[1] == len(self._tiles.columns) - 1:
             self._finish_row(tile.place[0])
@@ -310,7 +319,7 @@ class Fusion:
         strip, rows = self._strip, self._spans[0]
         if strip is None:
             return
-        weighted = strip * self._tiles.windows(*self._scale)[0][i].to(strip)[:, None]
+        weighted = strip * self._tiles.windows_like(strip, *self._scale)[0][i][:, None]
         top, bottom = rows[i]
         if self._carry is not None:
             shared = min(self._carry.shape[-2], bottom - top)

@@ -536,7 +536,7 @@ def test_foreign_tiles_overlap_as_far_as_the_networks_look(
     ours, again, embedded = seen
     assert ours == again
     assert 112 <= ours.overlap <= 144
-    assert embedded.overlap == 96
+    assert embedded.overlap == 64
 
 
 class ForeignAutoencoder(ModelMixin, ConfigMixin):
@@ -704,10 +704,10 @@ def test_automatic_tiles_fit_into_free_memory() -> None:
     assert least.tile == 256
     assert tiling_for(None, 10**9, 1.0, cost) is None
     assert tiling_for(TilingConfig(512, 64), 10, 1.0, cost) == TilingConfig(512, 64)
-    assert halved(TilingConfig(1024, 64), 1) == TilingConfig(512, 96)
-    assert halved(None, 4000 * 4000) == TilingConfig(1984, 96)
-    assert halved("auto", 4000 * 4000) == TilingConfig(640, 96)
-    assert halved(TilingConfig(640, 96), 1) == TilingConfig(320, 64)
+    assert halved(TilingConfig(1024, 64), 1) == TilingConfig(512, 64)
+    assert halved(None, 4000 * 4000) == TilingConfig(1984, 64)
+    assert halved("auto", 4000 * 4000) == TilingConfig(640, 64)
+    assert halved(TilingConfig(640, 64), 1) == TilingConfig(320, 64)
     assert halved("auto", 300 * 300) is None
     assert halved(TilingConfig(256, 64), 10**8) is None
     assert free_memory(torch.device("cpu")) > 2**20
