@@ -6,6 +6,7 @@ graph, all of them start at once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,7 @@ class Replay:
             # Other threads may use the GPU meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = function(self._input)
-        except RuntimeError:
+        except RuntimeError as error:
+            warnings.warn(f"a step could not be recorded and is computed each time ({error})", stacklevel=4)
             return
         self._graph = graph
