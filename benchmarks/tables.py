@@ -238,6 +238,44 @@ def _interval(found: dict[str, Any] | None, digits: int = 2) -> str:
     return f"{found['mean']:{sign}.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
+# --------------------------------------------------------------------------------------------------------------- speed
+
+SPEED = ("guidance", "pixel", "every", "rrdbnet", "sizes", "overhead", "startup", "dtypes", "seams", "tiles")
+SPEED_SUITES = (*(f"speed-{name}" for name in SPEED), "gpu-priors", "speed-profile-before", "speed-profile")
+
+
+def speed(results: Sequence[dict[str, Any]]) -> str:
+    """Every bar of speed and memory, and where the time of a restoration goes, before and after."""
+    *suites, before, after = results
+    rows = [
+        [
+            what,
+            bar["bar"],
+            f"{bar['measured']:.3g}",
+            {True: "yes", False: "**no**", None: ""}[bar["met"]],
+            _machine(found),
+        ]
+        for found in suites
+        for what, bar in found["settings"]["bars"].items()
+    ]
+    parts = [_table(["What", "Bar", "Measured", "Met", "On"], rows)]
+    shares = [{e["variant"]: e for e in found["summary"] if e["method"] == "of it"} for found in (before, after)]
+    totals = [next(e for e in found["summary"] if e["method"] == "preset")["seconds"] for found in (before, after)]
+    rows = [
+        [name, *(f"{s[name]['seconds']['mean']:.3f} s, {s[name]['percent']['mean']:.0f} %" for s in shares)]
+        for name in shares[1]
+    ]
+    rows.append(["**all of it**", *(f"{total['mean']:.3f} s" for total in totals)])
+    parts.append("Where the time of a `default` restoration from 128² to 512² goes, one thread:")
+    parts.append(_table(["Part", "Before", "After"], rows))
+    return "\n\n".join(parts)
+
+
+def _machine(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    return str(machine.get("accelerator") or machine.get("gpu") or "CPU, one thread")
+
+
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
@@ -252,6 +290,7 @@ PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]
     "results": (README, ("embedded",), lambda results: tables(results[0]["summary"])),
     "comparison": (README, CONTESTS, comparison),
     "ablations": (HERE / "README.md", ABLATIONS, ablations),
+    "speed": (HERE / "README.md", SPEED_SUITES, speed),
 }
 
 
