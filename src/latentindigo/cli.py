@@ -285,7 +285,7 @@ def restore(
         bool,
         typer.Option(
             "--checkpointing",
-            help="Less memory for the gradients of --update stopped and through, about a third more time.",
+            help="Less memory for the gradients of --update stopped and through: a third for pixel-inn.",
             rich_help_panel=SPEED,
         ),
     ] = False,

@@ -378,7 +378,7 @@ class StoredPipeline(DiffusionPipeline):
         return self
 
     def enable_checkpointing(self: Pipe) -> Pipe:
-        """Keep less of the networks for the gradients of "stopped" and "through": less memory, about a third more time.
+        """Keep less of the networks for the gradients of "stopped" and "through", see `latentindigo.tuning`.
 
         Returns:
             Itself.
