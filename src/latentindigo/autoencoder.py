@@ -72,7 +72,7 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return x + checkpoint(self._residual, x, use_reentrant=False)
+            return x + checkpoint(self._residual, x, use_reentrant=False, preserve_rng_state=False)
         return x + self._residual(x)
 
     def _residual(self, x: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ class Backbone:
             )
         prompts = [p for p in (conditioning.positive, conditioning.negative) if p is not None]
         for prompt in prompts:
+            if prompt.tokens.ndim != 3 or len(prompt.tokens) != 1:
+                raise ValueError(
+                    f"expected the tokens of one prompt, (1, length, width), got {tuple(prompt.tokens.shape)}; restore "
+                    "images with different prompts one by one"
+                )
             width = prompt.tokens.shape[-1]
             if width != self.token_width:
                 raise ValueError(

@@ -385,7 +385,8 @@ def restore(
             uncertainty_map=uncertainty_map,
         )
         if dry_run:
-            _print_plan(jobs.resolve_settings(settings, model), tasks, as_json)
+            foreign = prior is not None and latent_inn is None
+            _print_plan(jobs.resolve_settings(settings, model, foreign=foreign), tasks, as_json)
             return
         set_threads(threads)
         outcomes = _run(

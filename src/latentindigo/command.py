@@ -84,7 +84,7 @@ def exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
     by_kind = {"memory": ExitCode.RESOURCES, "disk": ExitCode.RESOURCES, "model": ExitCode.MODEL}
     try:
         yield
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
         named = next((codes[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in codes), None)
         code = by_kind.get(failure_kind(error)) or named or ExitCode.SOME_FAILED
         raise fail(console, error, code) from error

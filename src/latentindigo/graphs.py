@@ -6,6 +6,7 @@ graph, all of them start at once.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["Replay"]
+
+_RECORDING = threading.Lock()  # PyTorch records one graph at a time in a process.
 
 
 class Replay:
@@ -52,11 +55,19 @@ class Replay:
 
     def _record(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         graph, self._input = torch.cuda.CUDAGraph(), x.detach().clone()
+        # A stream of this very device: by default it is one of the device that was current at first.
+        before, stream = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
         try:
             # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                _RECORDING,
+                torch.cuda.device(x.device),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self._output = function(self._input)
         except RuntimeError as error:
+            with torch.cuda.device(x.device):
+                torch.cuda.set_stream(before)  # A capture that failed may not have left its stream.
             warnings.warn(f"a step could not be recorded and is computed each time ({error})", stacklevel=4)
             return
         self._graph = graph

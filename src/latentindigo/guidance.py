@@ -100,8 +100,11 @@ class GuidanceConfig:
 
     @property
     def zeta_at_once(self) -> float:
-        """Step of the gradient rules in a guided step: k zeta, for the k - 1 steps that go without."""
-        return self.every_k * self.zeta
+        """Step of the gradient rules in a guided step, k^1.5 zeta: for the k - 1 steps without, and for what they undo.
+
+        Measured on `tune` for k = 3 in 20 steps: 0.30 dB lost with zeta, 0.09 with 3 zeta, 0.03 with 5, 0.04 with 7.
+        """
+        return self.every_k**1.5 * self.zeta
 
     @property
     def beta_at_once(self) -> float:
@@ -198,7 +201,8 @@ class LearnedForward:
     @property
     def stays(self) -> bool:
         """Whether the weights stay as and where they are: neither refined nor offloaded."""
-        return not self._private and not any(hasattr(part, "_hf_hook") for part in self._shared.modules())
+        hooks = ("_hf_hook", "_diffusers_hook")
+        return not self._private and not any(hasattr(part, hook) for part in self._shared.modules() for hook in hooks)
 
     def refine(self, parts: Iterable[Part]) -> None:
         """One Adam step on ‖coarse(u) - target‖² for each image's private copy *(paper)*.

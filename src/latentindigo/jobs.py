@@ -56,7 +56,7 @@ _SCHEDULERS = ("model", "ddim", "dpm++", "unipc", "euler", "lcm")
 
 # What reading, restoring and writing one picture may raise because of that picture or its place on the disk. Anything
 # else is a mistake in this package, and its traceback must reach the user.
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ImportError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,12 +334,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_hardware else torch.float32
 
 
-def resolve_settings(settings: RestoreSettings, model: str = "embedded") -> dict[str, Any]:
+def resolve_settings(settings: RestoreSettings, model: str = "embedded", *, foreign: bool = False) -> dict[str, Any]:
     """Fill in what the preset decides, without loading any weights.
 
     Args:
         settings: Settings with gaps.
         model: "embedded", a folder, or a hub id; it may bring its own presets.
+        foreign: Whether a prior without a latent INN is sampled with.
 
     Returns:
         The settings that a run would report.
@@ -354,6 +355,8 @@ def resolve_settings(settings: RestoreSettings, model: str = "embedded") -> dict
     preset = presets[settings.preset]
     if settings.fidelity is not None:
         preset = blend_presets(presets["vivid"], presets["faithful"], settings.fidelity)
+    if foreign:
+        preset = dataclasses.replace(preset, method="pixel-inn" if preset.method == "latent-inn" else preset.method)
     given = dataclasses.asdict(settings)
     return {**dataclasses.asdict(preset), **{name: value for name, value in given.items() if value is not None}}
 
@@ -386,7 +389,8 @@ def restore_file(
     """
     started = time.perf_counter()
     _refuse_existing(task, overwrite)
-    return _restore(pipe, task, load_image(task.source), settings, overwrite, on_step, started)
+    picture = load_image(task.source)
+    return _restore(pipe, pipe.weights_hash(), task, picture, settings, overwrite, on_step, started)
 
 
 def restore_files(
@@ -415,6 +419,7 @@ def restore_files(
         ModelLoadError: The model cannot be loaded (raised by `get_pipe`).
     """
     pipe: Restorer | None = None
+    model_hash = ""
     disk_full: str | None = None
     for task in tasks:
         started = time.perf_counter()
@@ -430,10 +435,11 @@ def restore_files(
         if pipe is None:
             before = time.perf_counter()
             pipe = get_pipe()
+            model_hash = pipe.weights_hash()  # Seconds for a large prior, so once for all pictures.
             started += time.perf_counter() - before  # The first picture does not pay for the model.
         step = None if on_step is None else _for_task(on_step, task)
         try:
-            outcome = _restore(pipe, task, picture, settings, overwrite, step, started)
+            outcome = _restore(pipe, model_hash, task, picture, settings, overwrite, step, started)
         except _FAILURES as error:
             outcome = _failed(task, error, started)
             if outcome.kind == "disk":
@@ -457,6 +463,7 @@ def _refuse_existing(task: Task, overwrite: bool) -> None:
 
 def _restore(
     pipe: Restorer,
+    model_hash: str,
     task: Task,
     picture: LoadedImage,
     settings: RestoreSettings,
@@ -492,7 +499,6 @@ def _restore(
         detail_maps=bool(task.detail_maps),
         callback_on_step_end=after_step,
     )
-    model_hash = pipe.weights_hash()
     metadata: dict[str, Any] = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
     # No part of the model, so its hash does not tell.
     init_model = getattr(pipe, "init_model", None)

@@ -22,6 +22,7 @@ classical lifting scheme, here a function of gamma).
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, cast
 
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 
+_INVERTING = threading.Lock()
 Padding = Literal["replicate", "zeros"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -334,7 +336,7 @@ class ConditionedConvNet(nn.Module):
             Tensor (B, out_channels, H, W).
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._compute, h, gamma, use_reentrant=False)
+            return checkpoint(self._compute, h, gamma, use_reentrant=False, preserve_rng_state=False)
         return self._compute(h, gamma)
 
     def _compute(self, h: Tensor, gamma: Tensor) -> Tensor:
@@ -487,7 +489,12 @@ class BandMix(nn.Module):
         fits = known is not None and (known[0].device, known[1].dtype) == (matrix.device, c.dtype)
         recording = matrix.is_cuda and torch.cuda.is_current_stream_capturing()  # No waiting for values then.
         if known is None or not fits or not (recording or torch.equal(known[0], matrix)):
-            known = self._known = matrix.clone(), _inverted(matrix, c)
+            made = matrix.clone(), _inverted(matrix, c)
+            with _INVERTING:
+                # What another thread put there meanwhile stays: a recorded graph may read it.
+                if self._known is known:
+                    self._known = made
+                known = self._known or made
         return self._multiply(known[1], c, d)
 
     @staticmethod

@@ -57,6 +57,7 @@ def load_prior(
     *,
     config: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    **download: Any,
 ) -> PriorParts:
     """Load a latent diffusion model.
 
@@ -66,6 +67,7 @@ def load_prior(
         config: For a file: a folder in diffusers' layout with the configurations of the parts (weights are not needed).
             None asks the hub for the usual ones of the model that the file seems to be.
         dtype: Dtype of the networks.
+        **download: `token` and `cache_dir` for the hub.
 
     Returns:
         The parts; text encoders are not loaded, only their folder is named.
@@ -76,7 +78,7 @@ def load_prior(
     """
     path = Path(source)
     if path.is_file():
-        return _load_file(path, None if config is None else model_folder(config), dtype)
+        return _load_file(path, None if config is None else model_folder(config, **download), dtype)
     if config is not None:
         raise ValueError(
             f"expected a single .safetensors file together with a prior_config, got {str(source)!r}, which is none; "
@@ -84,7 +86,7 @@ def load_prior(
         )
     if path.suffix in (".safetensors", *_PICKLES):
         raise FileNotFoundError(f"there is no file {str(source)!r}")
-    folder = model_folder(source)
+    folder = model_folder(source, **download)
     denoiser = _denoiser_folder(folder, ("vae", "scheduler"))
     return _parts(
         _load_network(folder / "vae", dtype),
@@ -94,12 +96,13 @@ def load_prior(
     )
 
 
-def load_autoencoder(source: Any, dtype: torch.dtype = torch.float32) -> Any:
+def load_autoencoder(source: Any, dtype: torch.dtype = torch.float32, **download: Any) -> Any:
     """Load an autoencoder alone, for example an AutoencoderTiny.
 
     Args:
         source: A folder or hub id that holds it, itself or in a folder `vae` inside.
         dtype: Its dtype.
+        **download: `token` and `cache_dir` for the hub.
 
     Returns:
         The autoencoder.
@@ -108,15 +111,16 @@ def load_autoencoder(source: Any, dtype: torch.dtype = torch.float32) -> Any:
         FileNotFoundError: If it is missing.
         ValueError: If its weights are pickles, or its class is unknown.
     """
-    folder = model_folder(source)
+    folder = model_folder(source, **download)
     return _load_network(folder if (folder / "config.json").is_file() else folder / "vae", dtype)
 
 
-def load_latent_inn(source: str | os.PathLike[str]) -> InvertibleNet:
+def load_latent_inn(source: str | os.PathLike[str], **download: Any) -> InvertibleNet:
     """Load a latent INN alone, in float32.
 
     Args:
         source: Its folder, or one that holds it: `final` of a training run, the run folder, or a saved model.
+        **download: `token` and `cache_dir` for the hub.
 
     Returns:
         The network.
@@ -124,7 +128,7 @@ def load_latent_inn(source: str | os.PathLike[str]) -> InvertibleNet:
     Raises:
         FileNotFoundError: If it is missing.
     """
-    folder = model_folder(source)
+    folder = model_folder(source, **download)
     places = [folder, folder / "latent_inn", folder / "final" / "latent_inn"]
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is None or _json_class(found) != InvertibleNet.__name__:
@@ -284,7 +288,7 @@ def _usual_config(file: Path, weights: dict[str, torch.Tensor]) -> Path:
 
     repository = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json"]))
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*merges.txt", "*spiece.model"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise FileNotFoundError(
             f"{file.name!r} holds weights without configurations, and the hub could not provide those of "

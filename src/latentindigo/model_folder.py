@@ -82,7 +82,10 @@ def upload_folder(
             commit_message=message or "Upload a LatentINDIGO model",
             create_pr=create_pr,
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # Transport errors are those of whichever HTTP library the hub's client uses.
+        known = isinstance(error, (HfHubHTTPError, HFValidationError, OSError))
+        if not known and not type(error).__module__.startswith("httpx"):
+            raise
         raise ConnectionError(
             f"the model could not be uploaded to {repo_id!r} ({_reason(error)}); save it to a folder with "
             "save_pretrained, which 'hf upload' takes later"

@@ -493,6 +493,7 @@ class RestorationPipeline(StoredPipeline):
         if settings.method == "unguided":
             return None
         calls, factor = prior.calls, 2**plan.levels
+        guidance = dataclasses.replace(settings.guidance, every_k=min(settings.guidance.every_k, settings.steps))
 
         def count(passes: int) -> None:
             calls.inn += passes
@@ -500,7 +501,7 @@ class RestorationPipeline(StoredPipeline):
         lr = settings.guidance.refine_lr if settings.guidance.refine else None
         if operator is not None:
             model = LinearForward(OnCanvas(operator, plan), float(noise.mean()))
-            return PixelINN(prior.for_guidance(), model, y, plan.pixels, settings.guidance, noise)
+            return PixelINN(prior.for_guidance(), model, y, plan.pixels, guidance, noise)
         variance, shrink = noise.square()[:, None, None, None], settings.guidance.shrink
         gain = _noise_gain(prior)
         if settings.method == "latent-inn" and self.latent_inn is not None:
@@ -508,14 +509,14 @@ class RestorationPipeline(StoredPipeline):
             with counted_once(calls, tiles):
                 simulated = simulate(model, begin[1], tiles, 1, factor, begin[1])
             target = trusted_target(prior.encode(y), simulated, variance * gain, shrink)
-            data = LatentINN(prior, model, target, plan.pixels, settings.guidance, noise)
+            data = LatentINN(prior, model, target, plan.pixels, guidance, noise)
         else:
             model = LearnedForward(self.pixel_inn, gamma, plan.levels, lr, count)
             with counted_once(calls, tiles):
                 simulated = simulate(model, begin[0], tiles, prior.downsampling, factor, gamma)
             target = trusted_target(y.to(simulated), simulated, variance, shrink)
             unit = float(gain.mean().sqrt())
-            data = PixelINN(prior.for_guidance(), model, target, plan.pixels, settings.guidance, noise, unit)
+            data = PixelINN(prior.for_guidance(), model, target, plan.pixels, guidance, noise, unit)
         return data if len(tiles) == 1 else TiledData(data, tiles, plan.levels)
 
 

@@ -146,6 +146,7 @@ class StoredPipeline(DiffusionPipeline):
         """
         dtype = torch_dtype or torch.float32
         download = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
+        access = {name: value for name, value in download.items() if name != "revision"}  # That is the model's own.
         try:
             restorer = None if init_model is None else load_init_model(init_model, dtype)
         except (OSError, ValueError, ImportError) as error:
@@ -158,7 +159,7 @@ class StoredPipeline(DiffusionPipeline):
             found = None
             with _quiet_loading():
                 if prior is not None:
-                    found = load_prior(prior, config=prior_config, dtype=dtype)
+                    found = load_prior(prior, config=prior_config, dtype=dtype, **access)
                     parts.update(vae=found.vae, denoiser=found.denoiser, scheduler=found.scheduler)
                     parts["latent_inn"] = None  # It belongs to the other autoencoder, and so does its stand-in.
                     parts["guidance_vae"] = None
@@ -166,20 +167,25 @@ class StoredPipeline(DiffusionPipeline):
                     raise ValueError("prior_config describes a prior, and none is given; give prior too")
                 if guidance_vae is not None:
                     is_path = isinstance(guidance_vae, (str, os.PathLike))
-                    parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype) if is_path else guidance_vae
+                    parts["guidance_vae"] = load_autoencoder(guidance_vae, dtype, **access) if is_path else guidance_vae
                 if latent_inn is None or isinstance(latent_inn, InvertibleNet):
                     parts["latent_inn"] = latent_inn
                 elif latent_inn != "model":
-                    parts["latent_inn"] = load_latent_inn(latent_inn)
+                    parts["latent_inn"] = load_latent_inn(latent_inn, **access)
                 dtypes = {"default": dtype, **dict.fromkeys(_EXACT, torch.float32)}
                 pipe = super().from_pretrained(folder, dtype=dtypes, use_safetensors=True, **{**parts, **kwargs})
+            for name, network in pipe._networks().items():
+                lost = next((key for key, value in network.state_dict().items() if value.is_meta), None)
+                if lost is not None:
+                    raise ValueError(f"the weights of {name} are incomplete, {lost!r} is missing; fetch them again")
             pipe.presets, pipe.init_model = load_presets(folder), restorer
             pipe.text_folder = None if found is None else found.text_folder
             pipe._let_inns_compute_in(dtype)
             pipe._check_latent_inn()
             if pipe._build_prior().capabilities.token_width is not None:
                 beside = folder if prior is None else Path(prior)
-                saved = Prompter.from_saved(folder) if prior is None else None
+                # A saved pipeline may serve as a prior; where text encoders lie beside it, they know all prompts.
+                saved = Prompter.from_saved(model_folder(prior) if prior and not Path(prior).is_file() else folder)
                 pipe.prompter = saved or Prompter.from_prior(pipe.text_folder or beside, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error

@@ -117,6 +117,7 @@ class LatentPrior:
         self.calls = Calls()
         self._tiling: TilingConfig | None = None
         self._tile_batch = 1
+        self._canvas: tuple[int, int] | None = None
         self.scheduler = copy.deepcopy(scheduler)
         self._family = family_of(self.scheduler)
         self.prediction_type: PredictionType = network_type(self.scheduler, self._family, prediction_type)
@@ -302,7 +303,10 @@ class LatentPrior:
         """
         if self._backbone.token_width is not None and self.conditioning is None:
             raise ValueError(self._backbone.needs_text())
-        return Trajectory(self, steps, strength, eta, self._tokens(latent_size))
+        view = copy.copy(self)
+        if latent_size is not None:
+            view._canvas = latent_size[0] * self.downsampling, latent_size[1] * self.downsampling
+        return Trajectory(view, steps, strength, eta, self._tokens(latent_size))
 
     def _tokens(self, latent_size: tuple[int, int] | None) -> int | None:
         """How many image tokens a transformer sees at once: those of the latent, or of one tile."""
@@ -331,7 +335,7 @@ class LatentPrior:
                 f"pad the image to multiples of {self.size_multiple} pixels"
             )
         self.calls.denoiser += 1
-        time, canvas = t.to(z.device), (height * self.downsampling, width * self.downsampling)
+        time, canvas = t.to(z.device), self._canvas or (height * self.downsampling, width * self.downsampling)
 
         def denoise(part: Tensor) -> Tensor:
             times, conditioning = time.expand(part.shape[0]), self.conditioning

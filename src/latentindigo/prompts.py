@@ -186,7 +186,9 @@ class Prompter:
         embedded_scale = bool(network.get("guidance_embeds")) or network.get("time_cond_proj_dim") is not None
         kind = scheduler.get("_class_name", "")
         # A hub snapshot is named by its commit, the folder above by the model.
-        names = f"{folder.name} {folder.absolute().parent.parent.name} {index.get('_name_or_path', '')}".lower()
+        above = folder.absolute().parent
+        model = above.parent.name if above.name == "snapshots" else ""
+        names = f"{folder.name} {model} {index.get('_name_or_path', '')}".lower()
         few_steps = (
             any(part in names for part in _FEW_STEP_NAMES)
             or kind == "LCMScheduler"
@@ -235,9 +237,10 @@ class Prompter:
         wanted = dict.fromkeys((self.defaults.positive, "", *self._known))
         if not self._traits.embedded_scale:
             wanted[self.defaults.negative] = None
-        with contextlib.suppress(FileNotFoundError, ImportError):
+        with contextlib.suppress(OSError, ImportError, ValueError):
             self.embed(list(wanted))
         if not self._known:
+            (folder / PROMPTS_FILE).unlink(missing_ok=True)  # Of a model that lay here before.
             return
         tensors: dict[str, Tensor] = {}
         for k, prompt in enumerate(self._known.values()):
@@ -483,7 +486,13 @@ def _encode_texts(
     # By name: the module finds its classes when they are asked for.
     tokenizer_class: Any = getattr(transformers, "T5TokenizerFast" if is_t5 else "CLIPTokenizer")
     encoder_class: Any = getattr(transformers, kind)
-    tokenizer = tokenizer_class.from_pretrained(tokenizer_folder)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(tokenizer_folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise FileNotFoundError(
+            f"expected a tokenizer in {tokenizer_folder.parent.name}/{tokenizer_folder.name}, found none or a part of "
+            "one; fetch the folder again, or give embeddings: prompt=PromptEmbeddings(tokens, pooled)"
+        ) from error
     plain, half = (any(encoder_folder.glob(f"model{v}.safetensors*")) for v in ("", ".fp16"))
     try:
         encoder = encoder_class.from_pretrained(

@@ -38,7 +38,8 @@ def reach_of(
     changed = x.clone()
     row, column = x.shape[-2] // 2, x.shape[-1] // 2
     changed[..., row, column] += step
-    response = (fn(changed).float() - fn(x).float()).abs().amax((0, 1))
+    # On the CPU from here: an accelerator may lack float64, and the middle below lies on the CPU.
+    response = (fn(changed).float() - fn(x).float()).abs().amax((0, 1)).cpu()
     seen = (response > share * response.max()).nonzero().to(torch.float64)
     if not len(seen):
         return 0.0

@@ -206,10 +206,10 @@ def test_the_last_of_every_k_steps_is_guided(steps: int, every_k: int, guided: l
 
 
 def test_a_guided_step_stands_for_those_without() -> None:
-    """Three steps at once: what three projections in turn leave of a distance, and three gradient steps."""
+    """Three steps at once: what three projections in turn leave of a distance, and more than three gradient steps."""
     config = replace(STRONG, beta=0.5, zeta=2.0, every_k=3)
     assert config.beta_at_once == 1 - 0.5**3
-    assert config.zeta_at_once == 6.0
+    assert config.zeta_at_once == 3**1.5 * 2.0
     assert replace(config, every_k=1, beta=0.3).beta_at_once == 0.3
 
 
