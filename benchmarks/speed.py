@@ -67,8 +67,8 @@ NETWORKS = {
     "vae": {"encode": "encoder", "decode": "decoder"},
     "estimator": {"forward": "estimator"},
     "degradation_encoder": {"forward": "degradation encoder", "estimate": "degradation encoder"},
-    "pixel_inn": {"forward": "pixel INN", "inverse": "pixel INN"},
-    "latent_inn": {"forward": "latent INN", "inverse": "latent INN", "spread": "latent INN"},
+    "pixel_inn": {"forward": "pixel INN", "split": "pixel INN", "inverse": "pixel INN"},
+    "latent_inn": {"forward": "latent INN", "split": "latent INN", "inverse": "latent INN", "spread": "latent INN"},
 }
 
 

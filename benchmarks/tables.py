@@ -251,7 +251,7 @@ def speed(results: Sequence[dict[str, Any]]) -> str:
         [
             what,
             bar["bar"],
-            f"{bar['measured']:.3g}",
+            f"{bar['measured']:.4g}",
             {True: "yes", False: "**no**", None: ""}[bar["met"]],
             _machine(found),
         ]
