@@ -9,7 +9,10 @@ from typing import Any
 __all__ = ["EMBEDDED", "model_folder", "upload_folder"]
 
 EMBEDDED = Path(__file__).parent / "weights" / "embedded"
-_FILES = ["*.json", "*.safetensors", "*.md", "*merges.txt", "*spiece.model"]
+# Parts in folders, an autoencoder alone, prompts of a saved pipeline. Other weights beside the folders are whole models
+# in one file, which many repositories hold as well: gigabytes that nobody here reads.
+_FILES = ["*.json", "*.md", "*/*.safetensors", "diffusion_pytorch_model*.safetensors", "prompts.safetensors"]
+_FILES += ["*merges.txt", "*spiece.model"]
 
 
 def model_folder(name: str | os.PathLike[str], **download: Any) -> Path:

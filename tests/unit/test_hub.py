@@ -123,8 +123,11 @@ def test_which_files_of_the_hub(tiny_model: Path, monkeypatch: pytest.MonkeyPatc
     ((repo, keywords),) = asked
     assert repo == "someone/tiny"
     assert (keywords["revision"], keywords["token"]) == ("v2", "secret")
-    # No pickles, no code.
-    assert set(keywords["allow_patterns"]) == {"*.json", "*.safetensors", "*.md", "*merges.txt", "*spiece.model"}
+    wanted = ["vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "model_index.json"]
+    wanted += ["tokenizer/merges.txt", "README.md", "prompts.safetensors", "unet/model-00001-of-00002.safetensors"]
+    # No pickles, no code, no whole models in one file.
+    unwanted = ["vae/weights.bin", "pipeline.py", "sd_turbo.safetensors", "unet/model.ckpt"]
+    assert list(filter_repo_objects(wanted + unwanted, allow_patterns=keywords["allow_patterns"])) == wanted
 
 
 @pytest.mark.parametrize("name", ["not a folder", "a/b/c", "./nowhere/x", "user/re po"])
