@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest $(TESTARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -533,7 +533,7 @@ def test_trajectories_do_not_feel_each_other(make: Make) -> None:
 @pytest.mark.parametrize("make", [ddim, unipc])
 def test_independence_law_catches_a_shared_scheduler(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = conv_prior(make())
-    monkeypatch.setattr(prior_module, "copy", SimpleNamespace(deepcopy=lambda scheduler: scheduler))
+    monkeypatch.setattr(prior_module, "copy", SimpleNamespace(deepcopy=lambda scheduler: scheduler, copy=copy.copy))
     with torch.no_grad(), pytest.raises(AssertionError):
         check_own_scheduler(prior)
 
