@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         before, _, rest = page.read_text(encoding="utf-8").partition(START)
         page.write_text(f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     else:
-        print(tables)  # noqa: T201
+        sys.stdout.write(f"{tables}\n")
 
 
 if __name__ == "__main__":

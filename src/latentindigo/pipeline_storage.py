@@ -43,25 +43,7 @@ class ModelLoadError(RuntimeError):
 
 
 class StoredPipeline(DiffusionPipeline):
-    """The networks of a restoration, with everything but the restoring.
-
-    Args:
-        vae: Autoencoder of the latent diffusion model.
-        denoiser: Its denoiser.
-        scheduler: Any one-evaluation-per-step scheduler of diffusers.
-        estimator: Stage-one estimate, for init="estimator".
-        degradation_encoder: F.
-        pixel_inn: g in pixels; serves every latent diffusion model.
-        latent_inn: g in the latent space of this autoencoder, or None.
-        guidance_vae: Cheap autoencoder of the same latents (AutoencoderTiny) for guidance in pixels, or None.
-
-    Attributes:
-        conditioning: What a text-conditioned denoiser is told, None for the others; not saved with the model.
-        text_folder: Folder with the text encoders that belong to the denoiser, None where there are none.
-        init_model: Restorer that makes the stage-one estimate in the estimator's place, or None. It is no part of the
-            model: neither saved with it nor in its hash.
-        prompter: Makes embeddings of prompts for a text-conditioned denoiser, or None.
-    """
+    """The networks of a restoration, with everything but the restoring; `RestorationPipeline` says what they are."""
 
     # A network that is called sends the one before it back to the CPU. The INNs and the autoencoder are called between
     # two steps: the denoiser comes last, so that it stays where it is, and so do weights that a gradient still needs.
@@ -184,8 +166,9 @@ class StoredPipeline(DiffusionPipeline):
             pipe._check_latent_inn()
             if pipe._build_prior().capabilities.token_width is not None:
                 beside = folder if prior is None else Path(prior)
-                # A saved pipeline may serve as a prior; where text encoders lie beside it, they know all prompts.
-                saved = Prompter.from_saved(model_folder(prior) if prior and not Path(prior).is_file() else folder)
+                # A saved pipeline may serve as a prior. Where text encoders lie beside it, they know all prompts.
+                source = folder if prior is None else None if Path(prior).is_file() else model_folder(prior, **access)
+                saved = None if source is None or pipe.text_folder is not None else Prompter.from_saved(source)
                 pipe.prompter = saved or Prompter.from_prior(pipe.text_folder or beside, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(f"model {str(model)!r} could not be loaded: {error}") from error

@@ -147,6 +147,20 @@ def test_a_saved_pipeline_needs_no_text_encoder(
         restored(after, prompt="never seen")
 
 
+def test_a_saved_pipeline_serves_as_a_prior(
+    folder_of: Callable[[str], Path], tiny_model: Path, tmp_path: Path, pipe: RestorationPipeline
+) -> None:
+    """Its prompts come along; where text encoders lie beside them, any other prompt can be had as well."""
+    pipe.save_pretrained(tmp_path / "saved")
+    again = RestorationPipeline.from_pretrained(tiny_model, prior=tmp_path / "saved")
+    assert_close(restored(again), restored(pipe))
+    with pytest.raises(FileNotFoundError, match="found none beside this model"):
+        restored(again, prompt="never seen")
+    shutil.copytree(folder_of("sd15"), tmp_path / "saved", dirs_exist_ok=True)
+    whole = RestorationPipeline.from_pretrained(tiny_model, prior=tmp_path / "saved")
+    assert restored(whole, prompt="never seen").isfinite().all()
+
+
 def test_a_prior_without_encoders_takes_embeddings(
     folder_of: Callable[[str], Path], tiny_model: Path, tmp_path: Path, pipe: RestorationPipeline
 ) -> None:
