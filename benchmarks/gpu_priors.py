@@ -234,8 +234,8 @@ class Run:
         self.rows: list[Row] = []
         self.summary: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {
-            "steps": args.steps, "rounds": args.rounds, "dtype": str(place.dtype).removeprefix("torch."),
-            "tiny": args.tiny, "bars": {}, "failed": {},
+            "steps": args.steps, "rounds": args.rounds, "turns": args.turns, "tiny": args.tiny,
+            "dtype": str(place.dtype).removeprefix("torch."), "bars": {}, "failed": {},
         }  # fmt: skip
 
     def measure(self, name: str, side: int, steps: Steps) -> None:
@@ -244,8 +244,12 @@ class Run:
         self.protocols.append(Protocol(protocol, "none", 2**LEVELS, "random", crop=side))
         able = [key[:2] for key in METHODS if self._works(protocol, key[:2], lambda key=key: steps.run(*key[:2], 2))]
         found: dict[tuple[str, str], list[Row]] = {key: [] for key in able}
-        for k in range(self.args.rounds):
-            for method, variant in (able[(n + k) % len(able)] for n in range(len(able))):
+        barred = [key[:2] for key in METHODS if key[2] is not None]
+        for k in range(max(self.args.rounds, self.args.turns)):
+            # A bar is a matter of a few milliseconds, and the processor that starts the kernels wavers by more than
+            # that from second to second: short turns in quick succession waver alike.
+            due = able if k < self.args.rounds else [key for key in able if key in (("unguided", ""), *barred)]
+            for method, variant in (due[(n + k) % len(due)] for n in range(len(due))):
                 values = steps.run(method, variant, self.args.steps)
                 found[method, variant].append(make_row(method, variant, protocol, f"round {k}", **values))
         for method, variant, limit in METHODS:
@@ -274,7 +278,7 @@ class Run:
         figures = {key: [row[key] for row in rows] for key in ("step", "extra_mb", "peak_mb")}
         if plain is not None and first["method"] != "unguided":
             for key in ("step", "extra_mb"):
-                quotients = [a[key] / b[key] for a, b in zip(rows, plain, strict=True) if b[key] > 0]
+                quotients = [a[key] / b[key] for a, b in zip(rows, plain, strict=False) if b[key] > 0]
                 if quotients:
                     figures[f"{key}_over_unguided"] = quotients
         spread = {k: bootstrap_interval(v)._asdict() | {"median": statistics.median(v)} for k, v in figures.items()}
@@ -332,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, nargs="+", help="sides of the outputs in pixels")
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is not measured")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--turns", type=int, default=15, help="runs of unguided and of methods with a bar")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="start of its name")
     parser.add_argument("--tiny", action="store_true", help="miniatures in float32 on the CPU, to try the script")

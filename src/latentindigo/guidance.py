@@ -163,7 +163,7 @@ class LearnedForward:
         count: Callable[[int], None] = lambda passes: None,
     ) -> None:
         self.gamma, self.levels, self._count = gamma, levels, count
-        self._shared = inn
+        self._shared = inn if refine_lr is not None else inn.settled()
         self._private: list[InvertibleNet] = []
         self._optimizers: list[torch.optim.Adam] = []
         if refine_lr is not None:

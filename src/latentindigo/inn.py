@@ -6,6 +6,7 @@ in the dtype of their weights, or of autocast, while the sums that carry the ima
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -192,6 +193,27 @@ class InvertibleNet(ModelMixin, ConfigMixin):
             if isinstance(module, ConditionedConvNet):
                 module.compute_dtype = None if dtype == torch.float32 else dtype
         return self
+
+    def settled(self) -> InvertibleNet:
+        """A twin for many passes with the same weights: its P and U hold them in the dtype that they compute in.
+
+        Autocast turns frozen weights into that dtype anew in every pass: more work to start than the convolutions are.
+        What it returns is the same, bit for bit; gradients agree to that dtype's rounding. All other parts are shared.
+
+        Returns:
+            The twin; or itself where weights are trained or offloaded, or have that dtype already.
+        """
+        nets = [module for module in self.steps.modules() if isinstance(module, ConditionedConvNet)]
+        held = {parameter.dtype for parameter in self.steps.parameters()}
+        wanted = {net.compute_dtype for net in nets}
+        moves = any(hasattr(module, hook) for module in self.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        if moves or trained or len(wanted) != 1 or None in wanted or held == wanted:
+            return self
+        twin = copy.copy(self)
+        # Its own table of parts; the copy has the original's.
+        twin._modules = {**self._modules, "steps": copy.deepcopy(self.steps).to(dtype=wanted.pop())}
+        return twin
 
     @property
     def has_spread(self) -> bool:

@@ -57,6 +57,27 @@ def test_untrained_inn_is_haar() -> None:
     assert_close(x_c, nn.functional.avg_pool2d(x, 4))
 
 
+def test_settled_twin_computes_the_same() -> None:
+    net = randomise_(InvertibleNet(channels=4, gamma_dim=GAMMA_DIM, hidden=8, blocks=1, num_steps=2, mix=True), 1, 0.2)
+    assert net.settled() is net, "weights that are trained must stay the trained ones"
+    net.requires_grad_(False)
+    assert net.settled() is net, "nothing to gain in float32"
+    twin = net.compute_in(torch.bfloat16).settled()
+    assert twin is not net and twin.band_mix is net.band_mix
+    assert {p.dtype for p in twin.steps.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in net.steps.parameters()} == {torch.float32}
+    gamma, found = torch.randn(1, GAMMA_DIM), []
+    for one in (net, twin):
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x_c, x_d, updates = one.split(x, gamma)
+        back = one.inverse(0.9 * x_c, x_d, gamma, 2, updates)
+        found.append((x_c, back, torch.autograd.grad(back.square().sum(), x)[0]))
+    (coarse, back, gradient), (twins_coarse, twins_back, twins_gradient) = found
+    assert torch.equal(coarse, twins_coarse) and torch.equal(back, twins_back)
+    # Backward, autocast lets PyTorch choose other kernels; each is right to what bfloat16 holds.
+    assert (gradient - twins_gradient).norm() < 0.02 * gradient.norm()
+
+
 @pytest.mark.parametrize(("levels", "size"), [(0, (6, 5)), (1, (12, 10)), (2, (24, 20))])
 def test_untrained_estimate_is_pillows_bicubic(levels: int, size: tuple[int, int]) -> None:
     y = torch.rand(1, 3, 6, 5)

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 FAST: dict[str, Any] = {"steps": 2, "output_type": "pt"}
 GAMMA = torch.linspace(-1, 1, tiny.GAMMA_DIM)[None]
 # Public methods that compute nothing with weights that could be elsewhere.
-NO_ENTRIES = {"forward", "compute_in", "set_patch_basis"}
+NO_ENTRIES = {"forward", "compute_in", "settled", "set_patch_basis"}
 
 
 def picture(*shape: int) -> Tensor:
