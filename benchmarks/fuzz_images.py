@@ -45,9 +45,8 @@ def sentence_class(message: str) -> str:
         (r"is no picture", "no picture"),
         (r"pixels, more than", "too many pixels"),
         (r"checksum", "checksum"),
-        (r"or a (\w+) file of a kind", "header"),
+        (r"of a kind that cannot be read|header", "header"),
         (r"holds (32-bit|floating)|separate planes", "values"),
-        (r"header says", "header"),
         (r"is damaged or cut short", "damaged or cut short"),
     ):
         if re.search(pattern, message):

@@ -306,6 +306,6 @@ def mutated(seeds: Sequence[Seed], seed: int, index: int) -> tuple[str, str, byt
     data = bytearray(whole)
     for name in names:
         data = MUTATIONS[name](rng, data, other) if data else data
-    if form == "png" and rng.random() < 0.7:
+    if form.endswith("png") and rng.random() < 0.7:
         data = _repair_png(data, rng)
     return form, " + ".join(names), bytes(data)

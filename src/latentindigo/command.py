@@ -107,10 +107,15 @@ def exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
 
 @contextmanager
 def short_warnings(console: Console) -> Iterator[None]:
-    """Show warnings as one line each, the same one only once."""
+    """Show warnings as one line each, the same one only once.
+
+    Those of Pillow are left out: they name no file, and what matters of them comes back as an error that does.
+    """
     shown: set[str] = set()
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, _: Any, filename: str, *__: Any, **___: Any) -> None:
+        if os.path.basename(os.path.dirname(filename)) == "PIL":
+            return
         text = printable(" ".join(str(message).split()))
         if text not in shown:
             shown.add(text)

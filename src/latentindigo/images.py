@@ -33,6 +33,7 @@ from latentindigo.opening import (
     DECODE_ERRORS,
     READ_SUFFIXES,
     ImageReadError,
+    damaged,
     has_more_frames,
     one_line,
     open_picture,
@@ -170,7 +171,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None
 
     Args:
         source: Path of a file, or the bytes of one.
-        max_pixels: Most pixels to decode; None means 2^28, or what LATENTINDIGO_MAX_PIXELS says.
+        max_pixels: Most pixels to decode; None means 180 million, or what LATENTINDIGO_MAX_PIXELS says.
 
     Returns:
         The picture, float32 on the CPU.
@@ -188,7 +189,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None
     except ImageReadError:
         raise
     except DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' is damaged or cut short: {one_line(error)}.") from error
+        raise damaged(name, error) from error
     return _from_decoded(samples, name)
 
 
@@ -383,7 +384,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except ImageReadError:
         raise
     except DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' cannot be read as a picture: {one_line(error)}.") from error
+        raise damaged(name, error) from error
 
 
 # --------------------------------------------------------------------------------------- Pillow on tensors, sheets

@@ -25,6 +25,7 @@ __all__ = [
     "MAX_PIXELS",
     "READ_SUFFIXES",
     "ImageReadError",
+    "damaged",
     "has_more_frames",
     "one_line",
     "open_picture",
@@ -35,7 +36,7 @@ __all__ = [
 READ_SUFFIXES = frozenset(
     ".avif .bmp .gif .heic .heif .hif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
-MAX_PIXELS = 2**28  # 16384 x 16384: the largest phone photos have 200 million pixels.
+MAX_PIXELS = 180_000_000  # 24 bytes each while a picture is read: 4 GB.
 MAX_FILE_BYTES = 2**31
 _PIXELS_VARIABLE = "LATENTINDIGO_MAX_PIXELS"
 
@@ -91,7 +92,25 @@ def one_line(error: BaseException) -> str:
     Returns:
         Text to build a sentence around.
     """
-    return printable(" ".join(str(error).split())).rstrip(".") or type(error).__name__
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return printable(" ".join(text.split())).rstrip(".") or type(error).__name__
+
+
+def damaged(name: str, error: BaseException) -> ImageReadError:
+    """The refusal of a file that a decoder stumbles over.
+
+    Args:
+        name: Name of the file.
+        error: What the decoder raised.
+
+    Returns:
+        The error to raise.
+    """
+    if "MAX_TEXT" in str(error):  # Pillow's bounds for what is packed in a PNG's text and profile
+        return ImageReadError(
+            f"'{name}' packs more text, or a larger colour profile, than is unpacked (1 MiB each); save it without."
+        )
+    return ImageReadError(f"'{name}' is damaged or cut short ({one_line(error)}); copy or download it again.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -156,7 +175,7 @@ def open_picture(data: bytes, name: str = "image", max_pixels: int | None = None
     image = _identify(data, name)
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageReadError(f"'{name}' is damaged: its header says {width}x{height} pixels.")
+        raise ImageReadError(f"'{name}' is damaged: its header says {width}x{height} pixels; copy it again.")
     if width * height > limit:
         raise ImageReadError(
             f"'{name}' has {width}x{height} pixels, more than the {limit} that are opened; if you trust the file, set "
@@ -196,11 +215,17 @@ def _identify(data: bytes, name: str) -> Image.Image:
         try:
             with quiet_libtiff():
                 return factory(io.BytesIO(data), "")
+        except Image.DecompressionBombError as error:  # a GIF whose first frame is larger than the header says
+            raise ImageReadError(f"'{name}' is damaged: its first frame has more pixels than its header.") from error
         except DECODE_ERRORS as error:
             if accept is None:  # no signature, so it was only a guess
                 continue
-            raise ImageReadError(f"'{name}' is damaged or cut short, or a {form} file of a kind that cannot be read: "
-                                 f"{one_line(error)}.") from error  # fmt: skip
+            if "MAX_TEXT" in str(error):
+                raise damaged(name, error) from error
+            raise ImageReadError(
+                f"'{name}' is damaged, cut short, or {form} of a kind that cannot be read ({one_line(error)}); copy it "
+                "again, or save it in another format."
+            ) from error
     raise ImageReadError(f"'{name}' is no picture: it holds {_describe(data)}; expected {_KNOWN}.")
 
 
@@ -238,7 +263,7 @@ def _open_heif(data: bytes, name: str) -> Image.Image:
     try:
         return HeifImageFile(io.BytesIO(data), "")
     except DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' is damaged or cut short: {one_line(error)}.") from error
+        raise damaged(name, error) from error
 
 
 def _find_avif(name: str) -> None:
