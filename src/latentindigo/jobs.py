@@ -595,4 +595,5 @@ def _failed(task: Task, error: BaseException, started: float) -> Outcome:
         message = f"'{error.filename}' {error.strerror}" if error.filename else explain(error)
     if kind == "memory":
         message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
-    return Outcome(task, "failed", error=printable(message), kind=kind, seconds=time.perf_counter() - started)
+    message = printable(message).rstrip(".") + "."
+    return Outcome(task, "failed", error=message, kind=kind, seconds=time.perf_counter() - started)
