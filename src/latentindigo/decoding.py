@@ -124,19 +124,26 @@ def _wide_samples(data: bytes, image: Image.Image, name: str, max_pixels: int | 
     family, _, order = raw_modes.pop().rpartition(";16")
     if (family, order) == ("LA", "B"):
         # Read as four 8-bit channels, a grey-alpha pixel is the high and low byte of each sample in turn.
-        pairs = _pass(data, name, max_pixels, "RGBA").astype(np.uint16)
-        return pairs[..., 0::2] << 8 | pairs[..., 1::2]
+        pairs = _pass(data, name, max_pixels, "RGBA")
+        return _joined(pairs[..., 0::2], pairs[..., 1::2])
     if family not in ("RGB", "RGBA", "RGBX", "RGBa") or order not in ("L", "B", "N"):
         return None
     order = order if order != "N" else {"little": "L", "big": "B"}[sys.byteorder]
     plain = family.replace("a", "A")  # "RGBa" would divide by alpha in 8 bits
     orders = order, "B" if order == "L" else "L"
-    high, low = (_pass(data, name, max_pixels, f"{plain};16{o}").astype(np.uint16) for o in orders)
-    wide = high << 8 | low
+    wide = _joined(*(_pass(data, name, max_pixels, f"{plain};16{o}") for o in orders))
     if family == "RGBa":
         opacity = np.maximum(wide[..., 3:].astype(np.float64), 1) / 65535
         colour = np.minimum(wide[..., :3] / opacity, 65535)
         wide = np.concatenate([np.rint(colour).astype(np.uint16), wide[..., 3:]], axis=2)
+    return wide
+
+
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """16-bit samples of their bytes; in place, for such pictures are large."""
+    wide = high.astype(np.uint16)
+    wide <<= 8
+    wide |= low
     return wide
 
 
