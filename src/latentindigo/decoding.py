@@ -60,7 +60,7 @@ def decode(image: Image.Image, name: str, data: bytes | None = None, max_pixels:
         _refuse_planes(image, name)
         wide = None if data is None else _wide_samples(data, image, name, max_pixels)
         samples = _wide(image, name, wide) if wide is not None else _narrow(image, name)
-    if image.format == "JPEG" and samples.colour.shape[0] >= 16 and (samples.colour[-8:] == 128).all():
+    if image.format in ("JPEG", "MPO") and samples.colour.shape[0] >= 16 and (samples.colour[-8:] == 128).all():
         # What a decoder puts where a JPEG stream ends too early; anything else it makes up cannot be told from a photo.
         warnings.warn(f"'{name}': its lower end is plain grey, as in a photo that was cut short", stacklevel=3)
     return samples

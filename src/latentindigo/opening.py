@@ -36,8 +36,10 @@ __all__ = [
 READ_SUFFIXES = frozenset(
     ".avif .bmp .gif .heic .heif .hif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
-MAX_PIXELS = 180_000_000  # 24 bytes each while a picture is read: 4 GB.
+MAX_PIXELS = 180_000_000  # 20 to 27 bytes each while a picture is read: 5 GB.
 MAX_FILE_BYTES = 2**31
+# A block of 8x8 pixels takes a bit or more, in the scan that holds its mean; only arithmetic coding could beat that.
+_JPEG_PIXELS_PER_BYTE = 8 * 64
 _PIXELS_VARIABLE = "LATENTINDIGO_MAX_PIXELS"
 
 # Pillow can open far more; some of it (EPS, WMF) starts other programs. TGA comes last: it has no signature.
@@ -183,6 +185,12 @@ def open_picture(data: bytes, name: str = "image", max_pixels: int | None = None
         )
     if image.format == "PNG":
         _check_png(data, name)
+    if image.format in ("JPEG", "MPO") and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
+        # The decoder would fill what is missing with grey, however much it is.
+        raise ImageReadError(
+            f"'{name}' is damaged or cut short: its {len(data)} bytes cannot hold the {width}x{height} pixels that its "
+            "header says; copy or download it again."
+        )
     return image
 
 

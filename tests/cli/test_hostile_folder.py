@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from latentindigo.cli import ExitCode, app
+from latentindigo.command import short_warnings, stderr_console
 from latentindigo.images import LoadedImage, load_image, save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -112,6 +114,14 @@ def test_a_name_that_is_no_text_comes_out_as_it_went_in(tmp_path: Path, tiny_mod
     assert result.exit_code == ExitCode.DONE, result.output
     assert result.stdout_bytes == os.fsencode(tmp_path / "out") + b"/\xff.png\n"
     assert (tmp_path / "out" / "\udcff.png").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_pillow_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with short_warnings(stderr_console()):
+        for place in ("site-packages/PIL/TiffImagePlugin.py", "site-packages/mine/TiffImagePlugin.py"):
+            warnings.warn_explicit(f"from \x1b {place}", UserWarning, place, 1)
+    assert capsys.readouterr().err == "warning: from \\x1b site-packages/mine/TiffImagePlugin.py\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- real disks
