@@ -1,7 +1,7 @@
-"""The tables of results in README.md and benchmarks/README.md, from committed result files.
+"""The tables of results in README.md, benchmarks/README.md and docs/formats.md, from committed result files.
 
     python benchmarks/tables.py                # print them, from the newest file of each suite
-    python benchmarks/tables.py --write        # put them into the two pages
+    python benchmarks/tables.py --write        # put them into their pages
 
 Each stands between two comments of its page; a test compares them with the newest committed files.
 """
@@ -285,12 +285,47 @@ def newest(suite: str) -> dict[str, Any] | None:
     return json.loads(found[-1].read_text()) if found else None
 
 
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def fuzz(results: Sequence[dict[str, Any]]) -> str:
+    """What became of the damaged files, by format."""
+    settings, formats = results[0]["settings"], results[0]["rows"]
+    kinds = list(formats[0]["outcomes"])
+    rows = [
+        [
+            row["method"],
+            *(str(n) for n in (row["tried"], *row["outcomes"].values())),
+            f"{row['peak_mb']:.0f}",
+            f"{row['slowest_seconds']:.1f}",
+        ]
+        for row in formats
+    ]
+    counts = [sum(row["outcomes"][kind] for row in formats) for kind in kinds]
+    peak, slowest = (max(row[key] for row in formats) for key in ("peak_mb", "slowest_seconds"))
+    rows.append(["**all**", *(str(n) for n in (settings["inputs"], *counts)), f"{peak:.0f}", f"{slowest:.1f}"])
+    reasons: dict[str, int] = {}
+    for row in formats:
+        for reason, count in row["refused_as"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    found = {name: number for name, number in settings["versions"].items() if number}
+    head = (
+        f"{settings['inputs']} inputs, seed {settings['seed']}; limit {settings['max_pixels']} pixels, memory bound "
+        f"{settings['bound_mb']} MB. MB: most memory for one input,\nencoders included. Seconds: the slowest input on "
+        f"one busy core. Decoders: {', '.join(f'{name} {number}' for name, number in found.items())}."
+    )
+    table = _table(["Format", "Tried", *(kind.capitalize() for kind in kinds), "MB", "Seconds"], rows)
+    return f"{head}\n\n{table}\n\nRefused as: {named}."
+
+
 # Name of the place -> page, suites, and what makes the text of their results.
 PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]]], str]]] = {
     "results": (README, ("embedded",), lambda results: tables(results[0]["summary"])),
     "comparison": (README, CONTESTS, comparison),
     "ablations": (HERE / "README.md", ABLATIONS, ablations),
     "speed": (HERE / "README.md", SPEED_SUITES, speed),
+    "fuzz": (HERE.parent / "docs" / "formats.md", ("fuzz-images",), fuzz),
 }
 
 

@@ -24,6 +24,7 @@ from latentindigo.command import (
     ExitCode,
     ModelOption,
     ThreadsOption,
+    echo_path,
     examples,
     exit_codes,
     fail,
@@ -31,6 +32,7 @@ from latentindigo.command import (
     short_warnings,
     stderr_console,
 )
+from latentindigo.safe_files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,9 +103,7 @@ def _tile(text: str) -> str | int:
     ),
 )
 def restore(
-    photos: Annotated[
-        list[Path], typer.Argument(metavar="PHOTO_OR_FOLDER", help="Photos, or folders of photos.", exists=True)
-    ],
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO_OR_FOLDER", help="Photos, or folders of photos.")],
     *,
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Also restore folders inside folders.", rich_help_panel=INPUT)
@@ -423,7 +423,7 @@ def _print_plan(settings: dict[str, Any], tasks: list[Task], as_json: bool) -> N
             planned = {"input": str(task.source), "status": "planned", "files": files, "settings": settings}
             typer.echo(json.dumps(planned))
         else:
-            typer.echo(f"{task.source} -> {', '.join(files)}")
+            typer.echo(printable(f"{task.source} -> {', '.join(files)}"))
     if not as_json:
         for name, value in settings.items():
             typer.echo(f"{name}: {json.dumps(value)}")
@@ -471,7 +471,7 @@ def _run(
         photos = bar.add_task("photos", total=len(tasks), status="")
 
         def on_step(task: Task, done: int) -> None:
-            bar.update(photos, status=f"{task.source.name}: step {done}")
+            bar.update(photos, status=f"{printable(task.source.name)}: step {done}")
 
         for outcome in restore_files(get_pipe, tasks, settings, overwrite=overwrite, on_step=on_step):
             outcomes.append(outcome)
@@ -488,12 +488,12 @@ def _run(
 def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
     if outcome.status != "done":
         console.print("failed:", style="bold red", end=" ")
-        console.print(f"{outcome.task.source}: {outcome.error}", markup=False)
+        console.print(printable(f"{outcome.task.source}: {outcome.error}"), markup=False)
     if as_json:
         typer.echo(json.dumps(outcome.as_json()))
     elif outcome.status == "done":
         for path in outcome.task.files:
-            typer.echo(str(path))
+            echo_path(path)
 
 
 @app.command(

@@ -5,6 +5,8 @@ Nothing heavy is imported at the top, for `latentindigo --help` must answer at o
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentindigo.safe_files import printable
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "ExitCode",
     "ModelOption",
     "ThreadsOption",
+    "echo_path",
     "examples",
     "exit_codes",
     "fail",
@@ -67,8 +74,16 @@ def stderr_console() -> Console:
 def fail(console: Console, error: BaseException | str, code: ExitCode) -> typer.Exit:
     """Print an error as one line and return what ends the command, to be raised."""
     console.print("error:", style="bold red", end=" ")
-    console.print(" ".join(str(error).split()) or type(error).__name__, markup=False)
+    console.print(printable(" ".join(str(error).split())) or type(error).__name__, markup=False)
     return typer.Exit(code)
+
+
+def echo_path(path: Path) -> None:
+    """Print a result's name: as it is for a program that reads it, without what a terminal would obey for a person."""
+    if sys.stdout.isatty():
+        typer.echo(printable(str(path)))
+    else:
+        typer.echo(os.fsencode(path))
 
 
 @contextmanager
@@ -92,11 +107,16 @@ def exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
 
 @contextmanager
 def short_warnings(console: Console) -> Iterator[None]:
-    """Show warnings as one line each, the same one only once."""
+    """Show warnings as one line each, the same one only once.
+
+    Those of Pillow are left out: they name no file, and what matters of them comes back as an error that does.
+    """
     shown: set[str] = set()
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
+    def show(message: Warning | str, _: Any, filename: str, *__: Any, **___: Any) -> None:
+        if os.path.basename(os.path.dirname(filename)) == "PIL":
+            return
+        text = printable(" ".join(str(message).split()))
         if text not in shown:
             shown.add(text)
             console.print("warning:", style="yellow", end=" ")

@@ -1,62 +1,37 @@
-"""The byte level of picture files: 16-bit samples in and out of PNG and TIFF, and EXIF with the stored settings.
+"""The byte level of written picture files: 16-bit samples in PNG and TIFF, and EXIF with the stored settings.
 
-Pillow has no 16-bit colour mode. Such files are decoded twice through Pillow, once for the high and once for the low
-bytes of every sample, and written by the small PNG and TIFF encoders here. EXIF is copied without the tags that
-describe the file it came from.
+Pillow has no 16-bit colour mode, so such files are written by the small PNG and TIFF encoders here. EXIF is copied
+without the tags that describe the file it came from.
 
 Only bytes, NumPy arrays and Pillow's objects: tensors, file names and what a `LoadedImage` is belong to
-`latentindigo.images`, the one module that uses this one.
+`latentindigo.images`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import struct
-import sys
 import warnings
 import zlib
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image
+
+from latentindigo.opening import DECODE_ERRORS, one_line
 
 __all__ = [
-    "DECODE_ERRORS",
     "METADATA_KEY",
     "exif_to_write",
     "kept_exif",
-    "one_line",
-    "open_picture",
     "png16",
     "short_exif",
     "stored_metadata",
-    "tag_of",
     "tiff",
-    "wide_samples",
 ]
 
 METADATA_KEY = "latentindigo"
 
-# Pillow can open far more; some of it (EPS, WMF) starts other programs, so only picture formats are tried.
-_READ_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-# What Pillow raises on damaged files depends on the format and on the byte that is wrong.
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    SyntaxError,
-    EOFError,
-    OverflowError,
-    ZeroDivisionError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 # IFD0 tags of a TIFF that describe the stored samples, not the photo; copied into another file they would be lies.
 _STRUCTURAL_TAGS = frozenset(
     [*range(254, 260), 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 290, 291, 292, 293]
@@ -65,99 +40,6 @@ _STRUCTURAL_TAGS = frozenset(
 )
 _USER_COMMENT = 0x9286
 _PIXEL_WIDTH, _PIXEL_HEIGHT = 0xA002, 0xA003
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line without a full stop, or its class where it says nothing.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Text to build a sentence around.
-    """
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def open_picture(data: bytes) -> Image.Image:
-    """Open the bytes of a picture file, in formats that hold pictures and nothing else.
-
-    Args:
-        data: The whole file.
-
-    Returns:
-        Pillow's image, not decoded yet.
-
-    Raises:
-        PIL.UnidentifiedImageError: The bytes are no picture of these formats; one of `DECODE_ERRORS`, as are others.
-    """
-    Image.init()  # loads all of Pillow's formats once; naming one that is not loaded is an error
-    return Image.open(io.BytesIO(data), formats=[form for form in _READ_FORMATS if form in Image.OPEN])
-
-
-def tag_of(image: Image.Image, tag: int) -> Any:
-    """Return the value of a TIFF tag.
-
-    Args:
-        image: Pillow image.
-        tag: Number of the tag.
-
-    Returns:
-        The value, or None where the image is no TIFF file or lacks the tag.
-    """
-    return getattr(image, "tag_v2", {}).get(tag)
-
-
-def wide_samples(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """Decode a PNG or TIFF file to its full 16-bit samples.
-
-    Pillow reads a 16-bit colour sample as its high byte. Asking for the opposite byte order makes it read the low byte,
-    whatever the compression, interlacing or tiling, so two passes give all 16 bits.
-
-    Args:
-        data: The whole file.
-        image: The same file, opened by Pillow.
-
-    Returns:
-        Upright samples (H, W, 2 to 4 channels), or None where Pillow's own decoding keeps everything.
-    """
-    if image.format not in ("PNG", "TIFF"):
-        return None
-    tiles = getattr(image, "tile", [])
-    raw_modes = {str(tile.args if isinstance(tile.args, str) else tile.args[0]) for tile in tiles}
-    if len(raw_modes) != 1:
-        return None
-    family, _, order = raw_modes.pop().rpartition(";16")
-    if (family, order) == ("LA", "B"):
-        # Read as four 8-bit channels, a grey-alpha pixel is the high and low byte of each sample in turn.
-        pairs = _pass(data, "RGBA").astype(np.uint16)
-        return pairs[..., 0::2] << 8 | pairs[..., 1::2]
-    if family not in ("RGB", "RGBA", "RGBX", "RGBa") or order not in ("L", "B", "N"):
-        return None
-    order = order if order != "N" else {"little": "L", "big": "B"}[sys.byteorder]
-    plain = family.replace("a", "A")  # "RGBa" would divide by alpha in 8 bits
-    high, low = (_pass(data, f"{plain};16{o}").astype(np.uint16) for o in (order, "B" if order == "L" else "L"))
-    wide = high << 8 | low
-    if family == "RGBa":
-        opacity = np.maximum(wide[..., 3:].astype(np.float64), 1) / 65535
-        colour = np.minimum(wide[..., :3] / opacity, 65535)
-        wide = np.concatenate([np.rint(colour).astype(np.uint16), wide[..., 3:]], axis=2)
-    return wide
-
-
-def _pass(data: bytes, raw_mode: str) -> np.ndarray:
-    """Decode once with Pillow, taking its samples in `raw_mode`; upright."""
-    image = open_picture(data)
-    if not isinstance(image, ImageFile.ImageFile):
-        raise ValueError(f"no decoder for {image.format}")
-    image.tile = [
-        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
-        for tile in image.tile
-    ]
-    return np.asarray(ImageOps.exif_transpose(image))
 
 
 # ---------------------------------------------------------------------------------------------------- EXIF and settings

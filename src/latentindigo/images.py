@@ -4,7 +4,8 @@ A picture enters as a `LoadedImage`: RGB in [0, 1] plus everything that has to s
 colour profile, EXIF, bit depth, being grey). It leaves through `save_image`, which writes all of that back and never
 leaves half a file behind.
 
-What happens to the bytes of a file, 16-bit samples and EXIF above all, is the business of `latentindigo.encoding`.
+What a file must be before it is decoded stands in `latentindigo.opening`, how it becomes samples in
+`latentindigo.decoding`, and how 16-bit samples and EXIF become bytes in `latentindigo.encoding`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import struct
 import warnings
 from collections.abc import Sequence
@@ -23,24 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from latentindigo.encoding import (
+from latentindigo.decoding import Samples, decode
+from latentindigo.encoding import METADATA_KEY, exif_to_write, png16, short_exif, stored_metadata, tiff
+from latentindigo.opening import (
     DECODE_ERRORS,
-    METADATA_KEY,
-    exif_to_write,
-    kept_exif,
+    READ_SUFFIXES,
+    ImageReadError,
+    damaged,
+    has_more_frames,
     one_line,
     open_picture,
-    png16,
-    short_exif,
-    stored_metadata,
-    tag_of,
-    tiff,
-    wide_samples,
+    read_file,
 )
+from latentindigo.safe_files import printable, refuse_overwrite, write_whole
 
 __all__ = [
     "READ_SUFFIXES",
@@ -58,7 +57,6 @@ __all__ = [
     "to_pil",
 ]
 
-READ_SUFFIXES = frozenset(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
 WRITE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 _STRIP_PIXELS = 2**20  # Quantised at a time.
 _RESAMPLING = {
@@ -68,10 +66,6 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "area": Image.Resampling.BOX,
 }
-
-
-class ImageReadError(ValueError):
-    """A file that cannot be read as a picture; the message is one sentence fit to show to a user."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +132,12 @@ class LoadedImage:
 def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[Path]:
     """Pictures in a folder by file name ending, in an order that is the same on every machine.
 
+    Whether they can be read is not asked: a link that leads nowhere is listed, and fails when it is loaded. A folder
+    that may not be searched is left out with a warning.
+
     Args:
         folder: Folder to search.
-        recursive: Also search the folders inside it.
+        recursive: Also search the folders inside it, but not those that are links: they may lead back.
 
     Returns:
         Paths that start with `folder`, sorted by their parts. Hidden files and folders are left out.
@@ -150,58 +147,50 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"list_images: expected a folder, got '{root}'; pass an existing folder")
-    found = [
-        path
-        for path in (root.rglob("*") if recursive else root.glob("*"))
-        if path.suffix.lower() in READ_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    ]
+        raise ValueError(f"list_images: expected a folder, got '{printable(str(root))}'; pass an existing folder")
+
+    def left_out(error: OSError) -> None:
+        place = printable(str(error.filename))
+        warnings.warn(f"'{place}' is left out: {error.strerror or one_line(error)}", stacklevel=2)
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(root, onerror=left_out):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in READ_SUFFIXES and not name.startswith("."):
+                found.append(Path(place, name))
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
+def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None = None) -> LoadedImage:
     """Read a picture upright, with everything that has to survive.
 
     The EXIF orientation is applied. Palette pictures become RGB, CMYK becomes sRGB (through its profile if it has one)
-    at 8 bits, of an animation the first frame counts. 16-bit grey, RGB and RGBA PNG and TIFF files keep all their bits.
+    at 8 bits. Of an animation or of pages the first counts, with a warning. 16-bit grey, RGB and RGBA PNG and TIFF
+    files keep all their bits; HEIC and AVIF are read at 8 bits.
 
     Args:
-        source: Path, or the bytes of a file.
+        source: Path of a file, or the bytes of one.
+        max_pixels: Most pixels to decode; None means 180 million, or what LATENTINDIGO_MAX_PIXELS says.
 
     Returns:
         The picture, float32 on the CPU.
 
     Raises:
-        ImageReadError: The file is missing, damaged, too large for Pillow's limit, or no picture.
+        ImageReadError: The file is missing, damaged, cut short, too large, no file, or no picture.
     """
-    if isinstance(source, bytes):
-        data, name = source, "image"
-    else:
-        name = Path(source).name
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise ImageReadError(f"'{source}' cannot be opened: {error.strerror or error}.") from error
-    if not data:
-        raise ImageReadError(f"'{name}' is empty.")
+    data = source if isinstance(source, bytes) else read_file(source)
+    name = "image" if isinstance(source, bytes) else printable(Path(source).name)
     try:
-        with open_picture(data) as image:
-            _refuse_planes(image, name)
-            return _convert(image, name, wide_samples(data, image))
+        with open_picture(data, name, max_pixels) as image:
+            samples = decode(image, name, data, max_pixels)
+            if has_more_frames(image):
+                warnings.warn(f"'{name}' holds several pictures; all but the first are left out", stacklevel=2)
     except ImageReadError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageReadError(
-            f"'{name}' is damaged or not a picture in a known format (PNG, JPEG, WebP, TIFF, BMP, GIF, ...)."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageReadError(
-            f"'{name}' has more pixels than Pillow agrees to open; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from error
     except DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' is damaged or cut short: {one_line(error)}.") from error
+        raise damaged(name, error) from error
+    return _from_decoded(samples, name)
 
 
 def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
@@ -218,97 +207,29 @@ def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
         ImageReadError: The mode cannot be shown as RGB, or loading its file fails.
     """
     try:
-        return _convert(image.copy(), name, None)
+        return _from_decoded(decode(image.copy(), name), name)
     except ImageReadError:
         raise
     except DECODE_ERRORS as error:
         raise ImageReadError(f"'{name}' cannot be converted to RGB: {one_line(error)}.") from error
 
 
-def _refuse_planes(image: Image.Image, name: str) -> None:
-    if image.format == "TIFF" and tag_of(image, 284) == 2 and 16 in (tag_of(image, 258) or ()):
-        raise ImageReadError(f"'{name}' keeps its 16-bit channels in separate planes; save it with interleaved ones.")
-
-
-def _convert(image: Image.Image, name: str, wide: np.ndarray | None) -> LoadedImage:
-    """Upright pixels, alpha and extras of a Pillow image; `wide` holds the samples where Pillow would narrow them."""
-    icc, key = image.info.get("icc_profile"), image.info.get("transparency")
-    white_is_zero = image.format == "TIFF" and tag_of(image, 262) == 0
-    bits = 16
-    alpha = None
-    if wide is not None:
-        exif = kept_exif(image, name)
-        colours = 1 if wide.shape[2] == 2 else 3
-        samples, alpha = wide[..., :colours], wide[..., colours:]
-        if isinstance(key, tuple):
-            alpha = _colour_key_alpha(samples, key)
-    elif image.mode.startswith("I"):
-        samples = np.asarray(ImageOps.exif_transpose(image))[..., None]
-        exif = kept_exif(image, name)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ImageReadError(f"'{name}' holds 32-bit values; convert it to 8 or 16 bits per channel first.")
-        samples = samples.astype(np.uint16)
-        if isinstance(key, int):
-            alpha = _colour_key_alpha(samples, (key,))
-        if white_is_zero:
-            samples = 65535 - samples
-    else:
-        image.load()
-        exif = kept_exif(image, name)
-        bits = 8
-        flat, icc = _to_8bit(ImageOps.exif_transpose(image), name, icc)
-        values = np.asarray(flat)
-        values = values[..., None] if values.ndim == 2 else values
-        colours = 1 if flat.mode in ("L", "LA") else 3
-        samples, alpha = values[..., :colours], values[..., colours:]
+def _from_decoded(samples: Samples, name: str) -> LoadedImage:
+    rgb = _to_tensor(samples.colour, samples.bits)
     return LoadedImage(
-        rgb=_to_tensor(samples, bits).expand(3, -1, -1).contiguous(),
-        alpha=_to_tensor(alpha, bits) if alpha is not None and alpha.shape[2] else None,
-        mode="L" if samples.shape[2] == 1 else "RGB",
-        bits=bits,
-        icc=icc,
-        exif=exif,
+        rgb=rgb.expand(3, -1, -1).contiguous(),
+        alpha=None if samples.alpha is None else _to_tensor(samples.alpha, samples.bits),
+        mode="L" if len(rgb) == 1 else "RGB",
+        bits=samples.bits,
+        icc=samples.icc,
+        exif=samples.exif,
         name=name,
     )
 
 
 def _to_tensor(samples: np.ndarray, bits: int) -> Tensor:
-    return torch.from_numpy(samples.astype(np.float32) / np.float32(2**bits - 1)).permute(2, 0, 1).contiguous()
-
-
-def _colour_key_alpha(samples: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    opaque = (samples != np.array(key)).any(axis=2, keepdims=True)
-    return opaque.astype(np.uint16) * 65535
-
-
-def _to_8bit(image: Image.Image, name: str, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """One of L, LA, RGB, RGBA, and the profile that holds for it."""
-    if image.mode == "F":
-        raise ImageReadError(f"'{name}' holds floating-point values; convert it to 8 or 16 bits per channel first.")
-    transparent = image.has_transparency_data
-    if image.mode in ("1", "L", "LA", "La"):
-        return image.convert("LA" if transparent else "L"), icc
-    if image.mode == "CMYK":
-        return _cmyk_to_srgb(image, icc), None
-    colour = image.convert("RGBA" if transparent else "RGB")
-    if image.mode in ("P", "PA"):
-        red, green, blue = colour.split()[:3]
-        if red.tobytes() == green.tobytes() == blue.tobytes():  # a palette of greys is a grey picture
-            colour = colour.convert("LA" if transparent else "L")
-    return colour, icc
-
-
-def _cmyk_to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
-    """Through the embedded profile where there is a usable one; it no longer holds for the result."""
-    if icc:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            converted = None
-        if converted is not None:
-            return converted
-    return image.convert("RGB")
+    # Divided in place: for the largest pictures each copy of the floats is gigabytes.
+    return torch.from_numpy(samples.transpose(2, 0, 1).astype(np.float32, order="C")).div_(2**bits - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -401,7 +322,7 @@ def save_image(
         )
     if not 1 <= quality <= 100:
         raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
-    _refuse_overwrite(target, overwrite)
+    refuse_overwrite(target, overwrite)
     try:
         text = None if metadata is None else json.dumps(metadata)
     except (TypeError, ValueError) as error:
@@ -413,26 +334,7 @@ def save_image(
         raise ValueError(
             f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({one_line(error)}); save as PNG"
         ) from error
-    _write_atomically(target, data, overwrite)
-
-
-def _refuse_overwrite(target: Path, overwrite: bool) -> None:
-    if not overwrite and os.path.lexists(target):
-        raise FileExistsError(f"'{target}' exists; choose another name or allow overwriting")
-
-
-def _write_atomically(target: Path, data: bytes, overwrite: bool) -> None:
-    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.part"
-    try:
-        # "x" refuses to follow a planted link, and unlike mkstemp leaves the user's umask in charge of permissions.
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _refuse_overwrite(target, overwrite)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, data, overwrite)
 
 
 def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> bytes:
@@ -474,12 +376,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         ImageReadError: The file is missing, damaged, or no picture.
     """
-    name = Path(path).name
+    name = printable(Path(path).name)
+    data = read_file(path)
     try:
-        with open_picture(Path(path).read_bytes()) as image:
+        with open_picture(data, name) as image:
             return stored_metadata(image)
+    except ImageReadError:
+        raise
     except DECODE_ERRORS as error:
-        raise ImageReadError(f"'{name}' cannot be read as a picture: {one_line(error)}.") from error
+        raise damaged(name, error) from error
 
 
 # --------------------------------------------------------------------------------------- Pillow on tensors, sheets

@@ -9,10 +9,13 @@ EXIF, and the settings that made the result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +28,8 @@ from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
 from latentindigo.model_folder import model_folder
 from latentindigo.planning import Task
 from latentindigo.quick_import import import_diffusers
+from latentindigo.safe_files import explain, make_folder, printable
+from latentindigo.targets import FullDisks, check_names, check_room
 
 __all__ = [
     "MAP_GAIN",
@@ -388,8 +393,9 @@ def restore_file(
         OSError: The disk is full or cannot be written to.
     """
     started = time.perf_counter()
-    _refuse_existing(task, overwrite)
+    check_names(task, overwrite)
     picture = load_image(task.source)
+    check_room(task, _size_of_result(picture, settings), picture.bits)
     return _restore(pipe, pipe.weights_hash(), task, picture, settings, overwrite, on_step, started)
 
 
@@ -403,7 +409,8 @@ def restore_files(
 ) -> Iterator[Outcome]:
     """Restore pictures one after the other; one that fails is reported and the rest is done.
 
-    A full disk ends the run: the tasks that are left are reported as failed without being tried.
+    That holds for a full disk too: what plainly has no room left is reported without being computed, smaller pictures
+    and those that go to another disk are done.
 
     Args:
         get_pipe: Gives the pipeline; called once, when the first readable picture is at hand.
@@ -420,15 +427,14 @@ def restore_files(
     """
     pipe: Restorer | None = None
     model_hash = ""
-    disk_full: str | None = None
+    full = FullDisks()
     for task in tasks:
         started = time.perf_counter()
-        if disk_full is not None:
-            yield Outcome(task, "failed", error=f"not tried: {disk_full}", kind="disk")
-            continue
         try:
-            _refuse_existing(task, overwrite)
+            check_names(task, overwrite)
             picture = load_image(task.source)
+            target_size = _size_of_result(picture, settings)
+            check_room(task, target_size, picture.bits, full)
         except _FAILURES as error:
             yield _failed(task, error, started)
             continue
@@ -443,7 +449,7 @@ def restore_files(
         except _FAILURES as error:
             outcome = _failed(task, error, started)
             if outcome.kind == "disk":
-                disk_full = outcome.error
+                full.note(task, target_size[0] * target_size[1])
             elif outcome.kind == "memory" and torch.cuda.is_available():
                 torch.cuda.empty_cache()
         yield outcome
@@ -453,12 +459,10 @@ def _for_task(on_step: Callable[[Task, int], None], task: Task) -> Callable[[int
     return lambda done: on_step(task, done)
 
 
-def _refuse_existing(task: Task, overwrite: bool) -> None:
-    """Fail before the work is done, not after; `save_image` checks again when it writes."""
-    if not overwrite:
-        for path in task.files:
-            if path.exists():
-                raise FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(path))
+def _size_of_result(picture: LoadedImage, settings: RestoreSettings) -> tuple[int, int]:
+    if settings.crop and settings.size is not None:
+        return settings.size
+    return output_size(*picture.size, settings.scale, settings.size, settings.crop)
 
 
 def _restore(
@@ -504,30 +508,31 @@ def _restore(
     init_model = getattr(pipe, "init_model", None)
     if init_model is not None:
         metadata["init_model"] = {"name": init_model.name, "sha256": init_model.sha256}
-    for folder in {path.parent for path in task.files}:
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, target in enumerate(task.targets):
-        save_image(
-            _dress(picture, result.images[index], settings.crop),
-            target,
-            metadata={**metadata, "settings": result.settings, "sample": index, "seed": settings.seed + index},
-            overwrite=overwrite,
-        )
-    for index, target in enumerate(task.detail_maps):
-        save_image(
-            _map_picture(result.detail_maps[index]),
-            target,
-            metadata={**metadata, "map": "invented detail", "gain": MAP_GAIN},
-            overwrite=overwrite,
-        )
-    uncertainty = result.uncertainty
-    if task.uncertainty_map is not None and uncertainty is not None:
-        save_image(
-            _map_picture(uncertainty[0]),
-            task.uncertainty_map,
-            metadata={**metadata, "map": "standard deviation of the samples", "gain": MAP_GAIN},
-            overwrite=overwrite,
-        )
+    written: list[Path] = []
+
+    def save(image: LoadedImage, target: Path, **facts: Any) -> None:
+        taken = os.path.lexists(target)
+        save_image(image, target, metadata={**metadata, **facts}, overwrite=overwrite)
+        if not taken:
+            written.append(target)
+
+    try:
+        for folder in {path.parent for path in task.files}:
+            make_folder(folder)
+        for index, target in enumerate(task.targets):
+            facts = {"settings": result.settings, "sample": index, "seed": settings.seed + index}
+            save(_dress(picture, result.images[index], settings.crop), target, **facts)
+        for index, target in enumerate(task.detail_maps):
+            save(_map_picture(result.detail_maps[index]), target, map="invented detail", gain=MAP_GAIN)
+        uncertainty = result.uncertainty
+        if task.uncertainty_map is not None and uncertainty is not None:
+            about = "standard deviation of the samples"
+            save(_map_picture(uncertainty[0]), task.uncertainty_map, map=about, gain=MAP_GAIN)
+    except BaseException:  # A later run must not find half of a task in its way.
+        for path in written:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
     height, width = result.images[0].shape[-2:]
     return Outcome(
         task,
@@ -586,8 +591,9 @@ def failure_kind(error: BaseException) -> str:
 def _failed(task: Task, error: BaseException, started: float) -> Outcome:
     kind = failure_kind(error)
     message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        message = f"'{error.filename}' {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        message = f"'{error.filename}' {error.strerror}" if error.filename else explain(error)
     if kind == "memory":
         message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
+    message = printable(message).rstrip(".") + "."
     return Outcome(task, "failed", error=message, kind=kind, seconds=time.perf_counter() - started)

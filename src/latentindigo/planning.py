@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentindigo.images import WRITE_SUFFIXES, list_images
+from latentindigo.safe_files import printable
 
 __all__ = ["Task", "find_pictures", "plan_tasks"]
 
@@ -37,6 +41,9 @@ class Task:
 def find_pictures(inputs: Sequence[Path], *, recursive: bool = False, leave_out: Path | None = None) -> list[Path]:
     """List the pictures that files and folders stand for, each once, in a fixed order.
 
+    A picture that several names or links lead to is one picture. A link that leads nowhere is listed as it stands: it
+    fails when it is read, and the others are done.
+
     Args:
         inputs: Picture files and folders.
         recursive: Also search the folders inside folders.
@@ -49,20 +56,31 @@ def find_pictures(inputs: Sequence[Path], *, recursive: bool = False, leave_out:
         ValueError: An input does not exist, or there is no picture at all.
     """
     found: dict[Path, Path] = {}
+    left_out = None if leave_out is None else _real(leave_out)
     for entry in inputs:
         if entry.is_dir():
             for path in list_images(entry, recursive=recursive):
-                inside = leave_out is not None and path.resolve().is_relative_to(leave_out.resolve())
-                if not (inside and leave_out is not None and leave_out.resolve() != entry.resolve()):
-                    found.setdefault(path.resolve(), path)
-        elif entry.exists():
-            found.setdefault(entry.resolve(), entry)
+                inside = left_out is not None and _real(path).is_relative_to(left_out) and left_out != _real(entry)
+                if not inside:
+                    found.setdefault(_real(path), path)
+        elif os.path.lexists(entry):
+            found.setdefault(_real(entry), entry)
         else:
-            raise ValueError(f"'{entry}' does not exist; give pictures or folders of pictures")
+            raise ValueError(f"'{printable(str(entry))}' does not exist; give pictures or folders of pictures")
     if not found:
         hint = "" if recursive else "; folders inside them are searched with --recursive"
         raise ValueError(f"no pictures in {', '.join(repr(str(entry)) for entry in inputs)}{hint}")
     return list(found.values())
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike Path.resolve, a link that leads back to itself is no error."""
+    return Path(os.path.realpath(path))
+
+
+def _key(path: Path) -> str:
+    """On many disks A.png and a.png are one file, and so are the two ways to write an accented letter."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def plan_tasks(
@@ -102,30 +120,31 @@ def plan_tasks(
         raise ValueError(f"expected a folder to write several pictures to, got the file name '{out}'")
     if single_file and out.suffix.lower() not in WRITE_SUFFIXES:
         raise ValueError(f"expected a name ending in {', '.join(WRITE_SUFFIXES)}, or a folder, got '{out}'")
-    originals = {source.resolve() for source in sources}
+    originals = {_real(source) for source in sources}
     claimed: set[str] = set()
     tasks = []
     for source in sources:
         candidates = [out] if single_file else _candidates(source, inputs, out)
         planned = (_task(source, target, num_samples, detail_map, uncertainty_map) for target in candidates)
-        # Casefold: on many disks A.png and a.png are one file.
-        free = [task for task in planned if claimed.isdisjoint(str(path).casefold() for path in task.files)]
-        if not free:
-            raise ValueError(f"'{source}' and another input would be written to '{candidates[0]}'; restore them apart")
-        task = free[0]
-        if not originals.isdisjoint(path.resolve() for path in task.files):
-            raise ValueError(f"the result of '{source}' would replace an input; write to another folder")
-        claimed.update(str(path).casefold() for path in task.files)
+        task = next(task for task in planned if claimed.isdisjoint(map(_key, task.files)))
+        if not originals.isdisjoint(map(_real, task.files)):
+            raise ValueError(
+                f"the result of '{printable(str(source))}' would replace an input; write to another folder"
+            )
+        claimed.update(map(_key, task.files))
         tasks.append(task)
     return tasks
 
 
-def _candidates(source: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
-    """Names for a result, the plainest first; the second one tells apart a.gif and a.png, both written as PNG."""
+def _candidates(source: Path, inputs: Sequence[Path], out: Path) -> Iterator[Path]:
+    """Names for a result, the plainest first; the second tells apart a.gif and a.png, both written as PNG."""
     folder = next((entry for entry in inputs if entry.is_dir() and source.is_relative_to(entry)), None)
     place = out if folder is None else out / source.parent.relative_to(folder)
     suffix = source.suffix if source.suffix.lower() in WRITE_SUFFIXES else ".png"
-    return [place / f"{source.stem}{suffix}", place / f"{source.stem}-{source.suffix.lstrip('.')}{suffix}"]
+    stem = f"{source.stem}-{source.suffix.lstrip('.')}" if source.suffix else f"{source.stem}-2"
+    yield place / f"{source.stem}{suffix}"
+    yield place / f"{stem}{suffix}"
+    yield from (place / f"{stem}-{number}{suffix}" for number in itertools.count(2))
 
 
 def _task(source: Path, target: Path, num_samples: int, detail_map: bool, uncertainty_map: bool) -> Task:

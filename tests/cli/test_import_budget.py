@@ -101,7 +101,7 @@ doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1))
 assert float(doubled) == 2
 print(json.dumps(modules), file=sys.stderr)
 """
-UNUSED = ("transformers", "scipy", "gradio", "ray")
+UNUSED = ("transformers", "scipy", "gradio", "ray", "pillow_heif", "pillow_avif")
 
 
 @pytest.fixture

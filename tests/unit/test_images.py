@@ -309,7 +309,8 @@ def test_palette_two_level_and_animated_pictures() -> None:
     two = load_image(file_bytes(colour.convert("1"), "PNG"))
     assert two.mode == "L" and set(two.rgb.unique().tolist()) <= {0.0, 1.0}
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
-    first = load_image(file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    with pytest.warns(UserWarning, match="all but the first are left out"):
+        first = load_image(file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert first.rgb[:, 0, 0].tolist() == [1, 0, 0]
 
 
@@ -397,18 +398,12 @@ def test_broken_files_catches_a_raw_pillow_error() -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(ImageReadError, match="cannot be opened"):
+    with pytest.raises(ImageReadError, match=r"cannot be read: No such file.*still there\."):
         load_image(tmp_path / "no.png")
-    with pytest.raises(ImageReadError):
+    with pytest.raises(ImageReadError, match="is a folder"):
         load_image(tmp_path)
     with pytest.raises(ImageReadError):
         read_metadata(tmp_path / "no.png")
-
-
-def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageReadError, match="more pixels"):
-        load_image(file_bytes(Image.new("RGB", (40, 40)), "PNG"))
 
 
 def test_damaged_exif_does_not_stop_the_reading() -> None:
@@ -434,7 +429,7 @@ def check_failure_leaves_nothing(save: Callable[..., None], folder: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device; free some room.*p\.png"):
         save(loaded(), target, overwrite=True)
     assert files_in(folder) == ["p.png"] and target.read_bytes() == b"old"
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,12 +224,151 @@ def test_out_of_memory_is_that_pictures_failure(tmp_path: Path) -> None:
     assert "--tile" in (outcomes[0].error or "")
 
 
-def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
+def free_room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Let every disk have this many bytes left."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def test_after_a_full_disk_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is as large is named without being computed; what is smaller is tried."""
+    tasks = three_tasks(tmp_path)
+    written(tmp_path / "in" / "d.png", LoadedImage(ramp(4, 4)))
+    tasks = plan_tasks([tmp_path / "in"], tmp_path / "out")
+    free_room(monkeypatch, 100_000)
     pipe = FakePipe(failures={1: OSError(errno.ENOSPC, "No space left on device", "out/b.png")})
+    outcomes = run_all(tasks, pipe)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "failed", "done"]
+    assert [outcome.kind for outcome in outcomes] == [None, "disk", "disk", None]
+    assert [task.source.name in (outcome.error or "") for task, outcome in zip(tasks, outcomes, strict=True)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert "is not computed: an earlier result, no larger, found no room" in (outcomes[2].error or "")
+    assert len(pipe.calls) == 3
+
+
+def test_room_that_was_made_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = FakePipe(failures={0: OSError(errno.ENOSPC, "No space left on device")})
+    free_room(monkeypatch, 100_000)
+    outcomes = restore_files(lambda: pipe, three_tasks(tmp_path), RestoreSettings())
+    assert next(outcomes).kind == "disk"
+    free_room(monkeypatch, 200_000)
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+
+
+def test_nothing_is_computed_for_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = FakePipe()
+    free_room(monkeypatch, 4000)
+    outcomes = run_all(three_tasks(tmp_path), pipe)
+    assert [outcome.kind for outcome in outcomes] == ["disk"] * 3
+    assert not pipe.calls
+    for name, outcome in zip("abc", outcomes, strict=True):
+        assert f"{name}.png' is not computed: it needs 0.0 MB or more and 0.0 MB are free" in (outcome.error or "")
+    assert not (tmp_path / "out").exists()
+    free_room(monkeypatch, 5000)
+    assert [outcome.kind for outcome in run_all(plan_tasks([tmp_path / "in"], tmp_path / "out"), pipe)] == [None] * 3
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_a_task_leaves_all_of_its_files_or_none(tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples, two maps of detail and one of uncertainty: whichever cannot be written, the others are not left."""
+    source = written(tmp_path / "a.png")
+    (task,) = plan_tasks([source], tmp_path / "out", num_samples=2, detail_map=True, uncertainty_map=True)
+    files = [*task.targets, *task.detail_maps, task.uncertainty_map]
+    save = jobs.save_image
+
+    def full(image: LoadedImage, target: Path, **options: Any) -> None:
+        if target == files[stage]:
+            raise OSError(errno.ENOSPC, "cannot be written: No space left on device", str(target))
+        save(image, target, **options)
+
+    monkeypatch.setattr(jobs, "save_image", full)
+    settings = RestoreSettings(num_samples=2)
+    (outcome,) = restore_files(FakePipe, [task], settings)
+    assert outcome.kind == "disk" and str(files[stage]) in (outcome.error or "")
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr(jobs, "save_image", save)
+    (outcome,) = restore_files(FakePipe, [task], settings)
+    assert outcome.status == "done", "what a failure left would be in the way"
+
+
+def test_a_failure_takes_no_file_away_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = plan_tasks([written(tmp_path / "a.png")], tmp_path / "out", detail_map=True)
+    old = LoadedImage(torch.zeros(3, 2, 2))
+    written(task.targets[0], old)
+    save = jobs.save_image
+
+    def full(image: LoadedImage, target: Path, **options: Any) -> None:
+        if target in task.detail_maps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        save(image, target, **options)
+
+    monkeypatch.setattr(jobs, "save_image", full)
+    (outcome,) = restore_files(FakePipe, [task], RestoreSettings(), overwrite=True)
+    assert outcome.kind == "disk"
+    assert task.targets[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("a.webp", 16, "WebP holds at most 16383 a side"),
+        ("a.jpg", 16, "JPEG holds at most 65500 a side"),
+        ("a.png", 16, None),
+    ],
+)
+def test_a_side_that_the_format_cannot_hold_is_not_computed(
+    tmp_path: Path, name: str, scale: float, expected: str | None
+) -> None:
+    side = 4100 if name == "a.jpg" else 1100
+    source = written(tmp_path / name, LoadedImage(torch.zeros(3, 1, side)))
+    pipe = FakePipe()
+    (outcome,) = run_all_at(plan_tasks([source], tmp_path / "out"), pipe, scale)
+    assert (outcome.error is None) == (expected is None) and len(pipe.calls) == (expected is None)
+    assert expected is None or expected in (outcome.error or "")
+
+
+def run_all_at(tasks: list[Task], pipe: FakePipe, scale: float) -> list[jobs.Outcome]:
+    return list(restore_files(lambda: pipe, tasks, RestoreSettings(scale=scale)))
+
+
+def test_names_that_cannot_be_written_are_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, out = FakePipe(), tmp_path / "out"
+    long = written(tmp_path / f"{'x' * 245}.png")
+    (task,) = plan_tasks([long], out, detail_map=True)
+    error = next(restore_files(lambda: pipe, [task], RestoreSettings())).error or ""
+    assert "File name too long; give the photo a shorter name" in error
+    assert run_all(plan_tasks([long], out), pipe)[0].status == "done", "without the map it fits"
+    # A link that leads nowhere is there all the same; a file is no folder; nor is all that is a folder writable.
+    source = written(tmp_path / "a.png")
+    (out / "a.png").symlink_to(tmp_path / "nowhere")
+    assert "exists already" in (run_all(plan_tasks([source], out), pipe)[0].error or "")
+    error = run_all(plan_tasks([source], long / "out"), pipe)[0].error or ""
+    assert "Not a directory; one of the folders in its path is a file" in error
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    error = run_all(plan_tasks([source], tmp_path / "new" / "er"), pipe)[0].error or ""
+    assert "new/er' cannot be written: Permission denied; change its permissions" in error
+    assert len(pipe.calls) == 1 and not (tmp_path / "new").exists()
+
+
+def test_an_output_folder_that_vanishes_costs_one_picture(tmp_path: Path) -> None:
+    class Vandal(FakePipe):
+        """Replaces the output folder by a file while the second picture is computed."""
+
+        def __call__(self, image: Tensor, **options: Any) -> FakeOutput:
+            if len(self.calls) == 1:
+                shutil.rmtree(tmp_path / "out")
+                (tmp_path / "out").touch()
+            elif len(self.calls) == 2:
+                (tmp_path / "out").unlink()
+            return super().__call__(image, **options)
+
+    pipe = Vandal()
     outcomes = run_all(three_tasks(tmp_path), pipe)
     assert [outcome.status for outcome in outcomes] == ["done", "failed", "failed"]
-    assert [outcome.kind for outcome in outcomes] == [None, "disk", "disk"]
-    assert len(pipe.calls) == 2
+    assert "out' cannot be made: File exists" in (outcomes[1].error or "")
+    assert "out' cannot be written: Not a directory" in (outcomes[2].error or "")
 
 
 def test_a_mistake_of_ours_is_not_hidden(tmp_path: Path) -> None:

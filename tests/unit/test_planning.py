@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,31 @@ def test_names_that_differ_in_case_alone_do_not_collide(tmp_path: Path) -> None:
         (tmp_path / folder / name).touch()
     out = tmp_path / "out"
     assert names(plan_tasks([tmp_path / "one", tmp_path / "two"], out), out) == ["A.png", "a-png.png"]
+
+
+@pytest.mark.parametrize("names_", [("caf\u00e9.gif", "cafe\u0301.gif"), ("A.png", "a.png"), ("A.gif", "a.gif")])
+def test_names_that_some_disks_take_for_one_do_not_collide(tmp_path: Path, names_: tuple[str, str]) -> None:
+    """Composed and decomposed letters, capitals: however many there are, each result has a name of its own."""
+    for k in range(4):
+        (tmp_path / f"{k}").mkdir()
+        (tmp_path / f"{k}" / names_[k % 2]).touch()
+    out = tmp_path / "out"
+    tasks = plan_tasks([tmp_path / f"{k}" for k in range(4)], out)
+    found = {unicodedata.normalize("NFC", name).casefold() for name in names(tasks, out)}
+    assert len(found) == 4
+
+
+def test_links_count_once_and_lead_nowhere_alone(album: Path, tmp_path: Path) -> None:
+    (album / "again.jpg").symlink_to("a.jpg")
+    (album / "loop.png").symlink_to("loop.png")
+    (album / "gone.png").symlink_to("nowhere.png")
+    (album / "trip" / "up").symlink_to(album)
+    found = [path.relative_to(album).as_posix() for path in find_pictures([album], recursive=True)]
+    # They are listed and fail when they are read; that the others are done says test_cli.
+    assert found == ["a.jpg", "b.gif", "b.png", "gone.png", "loop.png", "trip/c.png"]
+    assert find_pictures([album / "loop.png", album / "gone.png"]) == [album / "loop.png", album / "gone.png"]
+    with pytest.raises(ValueError, match=r"'.*a\\x1b\[2J.png' does not exist"):
+        find_pictures([album / "a\x1b[2J.png"])
 
 
 def test_samples_and_maps(album: Path, tmp_path: Path) -> None:
