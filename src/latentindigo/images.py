@@ -48,6 +48,7 @@ __all__ = [
     "ImageReadError",
     "LoadedImage",
     "contact_sheet",
+    "encode_image",
     "from_pil",
     "list_images",
     "load_image",
@@ -394,26 +395,50 @@ def save_image(
         OSError: The disk is full or the folder cannot be written to.
     """
     target = Path(path)
-    form = WRITE_SUFFIXES.get(target.suffix.lower())
-    if form is None:
-        raise ValueError(
-            f"save_image: expected a name ending in one of {', '.join(WRITE_SUFFIXES)}, got '{target.name}'; rename it"
-        )
-    if not 1 <= quality <= 100:
-        raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
+    _require_encoding(target.name, quality)
     _refuse_overwrite(target, overwrite)
+    _write_atomically(target, encode_image(image, target.name, metadata=metadata, quality=quality), overwrite)
+
+
+def encode_image(image: LoadedImage, name: str, *, metadata: dict[str, Any] | None = None, quality: int = 95) -> bytes:
+    """The bytes that `save_image` writes, for places that are no local file.
+
+    Args:
+        image: The picture.
+        name: File name; its ending decides the format, as in `save_image`.
+        metadata: JSON-serialisable settings to store, or None.
+        quality: JPEG and WebP quality, 1 to 100.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        ValueError: The ending is unknown, the metadata is not JSON, or the format cannot hold the picture.
+    """
+    form = _require_encoding(name, quality)
     try:
         text = None if metadata is None else json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise ValueError(f"save_image: metadata must be JSON: {error}; pass plain dicts, lists and numbers") from error
     try:
-        data = _encode(image, form, text, quality)
+        return _encode(image, form, text, quality)
     except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         width, height = image.size
         raise ValueError(
             f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({one_line(error)}); save as PNG"
         ) from error
-    _write_atomically(target, data, overwrite)
+
+
+def _require_encoding(name: str, quality: int) -> str:
+    """The format that a file name asks for."""
+    form = WRITE_SUFFIXES.get(Path(name).suffix.lower())
+    if form is None:
+        raise ValueError(
+            f"save_image: expected a name ending in one of {', '.join(WRITE_SUFFIXES)}, got '{name}'; rename it"
+        )
+    if not 1 <= quality <= 100:
+        raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
+    return form
 
 
 def _refuse_overwrite(target: Path, overwrite: bool) -> None:
@@ -462,11 +487,11 @@ def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> by
     return buffer.getvalue()
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
     """The settings that `save_image` stored in a file.
 
     Args:
-        path: Picture file.
+        path: Picture file, or its bytes.
 
     Returns:
         The stored dict, or None if the file carries none.
@@ -474,9 +499,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         ImageReadError: The file is missing, damaged, or no picture.
     """
-    name = Path(path).name
+    name = "image" if isinstance(path, bytes) else Path(path).name
     try:
-        with open_picture(Path(path).read_bytes()) as image:
+        with open_picture(path if isinstance(path, bytes) else Path(path).read_bytes()) as image:
             return stored_metadata(image)
     except DECODE_ERRORS as error:
         raise ImageReadError(f"'{name}' cannot be read as a picture: {one_line(error)}.") from error

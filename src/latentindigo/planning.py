@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from latentindigo.images import WRITE_SUFFIXES, list_images
 
-__all__ = ["Task", "find_pictures", "plan_tasks"]
+__all__ = ["Task", "find_pictures", "plan_folder", "plan_tasks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,24 +106,56 @@ def plan_tasks(
     claimed: set[str] = set()
     tasks = []
     for source in sources:
-        candidates = [out] if single_file else _candidates(source, inputs, out)
+        candidates = [out] if single_file else _candidates(source, _place(source, inputs, out))
         planned = (_task(source, target, num_samples, detail_map, uncertainty_map) for target in candidates)
-        # Casefold: on many disks A.png and a.png are one file.
-        free = [task for task in planned if claimed.isdisjoint(str(path).casefold() for path in task.files)]
-        if not free:
+        task = _claim(planned, claimed)
+        if task is None:
             raise ValueError(f"'{source}' and another input would be written to '{candidates[0]}'; restore them apart")
-        task = free[0]
         if not originals.isdisjoint(path.resolve() for path in task.files):
             raise ValueError(f"the result of '{source}' would replace an input; write to another folder")
-        claimed.update(str(path).casefold() for path in task.files)
         tasks.append(task)
     return tasks
 
 
-def _candidates(source: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
-    """Names for a result, the plainest first; the second one tells apart a.gif and a.png, both written as PNG."""
+def plan_folder(
+    sources: Iterable[Path], *, num_samples: int = 1, detail_map: bool = False, uncertainty_map: bool = False
+) -> Iterator[tuple[Path, Task | None]]:
+    """Decide the file names of the pictures of one folder as `plan_tasks` does, from their names alone.
+
+    Args:
+        sources: Pictures of one folder, in order, relative to whatever the results are to be relative to.
+        num_samples: Results for each picture.
+        detail_map: Also write maps of invented detail.
+        uncertainty_map: Also write the map of the samples' standard deviation.
+
+    Yields:
+        Each picture with its task, or with None if every name for its result is taken by a picture before it.
+    """
+    claimed: set[str] = set()
+    for source in sources:
+        targets = _candidates(source, source.parent)
+        planned = (_task(source, target, num_samples, detail_map, uncertainty_map) for target in targets)
+        yield source, _claim(planned, claimed)
+
+
+def _claim(planned: Iterable[Task], claimed: set[str]) -> Task | None:
+    """The first task whose names are free, which it takes."""
+    for task in planned:
+        # Casefold: on many disks A.png and a.png are one file.
+        names = {str(path).casefold() for path in task.files}
+        if claimed.isdisjoint(names):
+            claimed |= names
+            return task
+    return None
+
+
+def _place(source: Path, inputs: Sequence[Path], out: Path) -> Path:
     folder = next((entry for entry in inputs if entry.is_dir() and source.is_relative_to(entry)), None)
-    place = out if folder is None else out / source.parent.relative_to(folder)
+    return out if folder is None else out / source.parent.relative_to(folder)
+
+
+def _candidates(source: Path, place: Path) -> list[Path]:
+    """Names for a result, the plainest first; the second one tells apart a.gif and a.png, both written as PNG."""
     suffix = source.suffix if source.suffix.lower() in WRITE_SUFFIXES else ".png"
     return [place / f"{source.stem}{suffix}", place / f"{source.stem}-{source.suffix.lstrip('.')}{suffix}"]
 
