@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -319,7 +320,7 @@ class Worker:
             if record is not None and is_current(record, *told, verify=self.job.verify):
                 return record | {"status": "kept"}
             self._refuse_foreign(files, record)
-            picture = dataclasses.replace(load_image(data), name=item.source.rpartition("/")[2])
+            picture = load_image(data, item.source.rpartition("/")[2])
             row |= {"input_width": picture.size[0], "input_height": picture.size[1], "outputs": files}
             return _Read(item.task, row | {"seconds_read": time.perf_counter() - started}, picture)
         except Exception as error:
@@ -558,10 +559,12 @@ def run_batch(job: BatchJob, engine: Engine, *, manifest: str | None = None) -> 
     target = manifest or f"{job.out}/manifest.jsonl"
     place, _, name = (target if "://" in target else os.path.abspath(target).replace(os.sep, "/")).rpartition("/")
     require_manifest(name)
-    with out.lock(), tempfile.TemporaryDirectory(prefix="latentindigo-") as elsewhere:
+    with ExitStack() as stack:
+        stack.enter_context(out.lock())
         out.clean()
+        elsewhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentindigo-"))
         kept = Path(out.location, KEPT) if isinstance(out, LocalFolder) else Path(elsewhere)
-        journal = Journal(kept / "journal.jsonl")
+        journal = stack.enter_context(closing(Journal(kept / "journal.jsonl")))
         again: list[Item] = []
         count = 0
         for item, row in engine(list_items(job)):

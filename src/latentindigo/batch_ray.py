@@ -10,12 +10,14 @@ Without an address a cluster is started on this machine, for this job, on the lo
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -78,13 +80,14 @@ class RayEngine:
             for name, value in {**_LOCAL, **_token()}.items():
                 os.environ.setdefault(name, value)
         try:
-            import ray
-            import ray.data
+            ray = importlib.import_module("ray")
+            importlib.import_module("ray.data")
         except ImportError as error:
             raise ValueError(
                 "engine: 'ray' needs Ray, which is not installed; pip install 'latentindigo[ray]', or do without"
             ) from error
         self._ray = ray
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             self._start(ray)
             self._resources = self._divide(ray.cluster_resources())
@@ -114,7 +117,7 @@ class RayEngine:
                 **quiet,
             )
 
-    def _divide(self, cluster: dict[str, float]) -> dict[str, float]:
+    def _divide(self, cluster: Mapping[str, float]) -> dict[str, float]:
         """What each actor asks for."""
         accelerators = cluster.get("GPU", 0) if _accelerators(self.job, everywhere=True) else 0
         self._workers = self._workers or max(1, int(accelerators))

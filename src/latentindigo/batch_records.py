@@ -8,6 +8,7 @@ still what would be made. That is all a killed job needs to go on.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -225,8 +226,7 @@ class Journal:
             except OSError:
                 pass
             self._stream.truncate(start)  # Whole lines only; the disk takes no more.
-            self._stream.close()
-            self._stream = None
+            self.close()
         self._held.append(row)
 
     def replace(self, row: Row) -> None:
@@ -238,11 +238,15 @@ class Journal:
         for row in chain(_lines(self.path), self._held):
             yield self._later.get(row["input"], row)
 
-    def remove(self) -> None:
-        """Close and delete the file."""
+    def close(self) -> None:
+        """Close the file; rows that follow are held."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def remove(self) -> None:
+        """Close and delete the file."""
+        self.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -305,7 +309,7 @@ def require_manifest(name: str) -> None:
         raise ValueError(f"manifest: expected a name ending in .jsonl or .parquet, got '{name}'")
     if suffix == ".parquet":
         try:
-            import pyarrow.parquet  # noqa: F401  (only whether it is there)
+            importlib.import_module("pyarrow.parquet")
         except ImportError as error:
             raise ValueError(
                 "manifest: Parquet needs pyarrow, which is not installed; pip install 'latentindigo[parquet]', or name "

@@ -162,7 +162,7 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
+def load_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> LoadedImage:
     """Read a picture upright, with everything that has to survive.
 
     The EXIF orientation is applied. Palette pictures become RGB, CMYK becomes sRGB (through its profile if it has one)
@@ -170,6 +170,7 @@ def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
 
     Args:
         source: Path, or the bytes of a file.
+        name: Name for messages, None for the path's.
 
     Returns:
         The picture, float32 on the CPU.
@@ -178,9 +179,9 @@ def load_image(source: str | os.PathLike[str] | bytes) -> LoadedImage:
         ImageReadError: The file is missing, damaged, too large for Pillow's limit, or no picture.
     """
     if isinstance(source, bytes):
-        data, name = source, "image"
+        data, name = source, name or "image"
     else:
-        name = Path(source).name
+        name = name or Path(source).name
         try:
             data = Path(source).read_bytes()
         except OSError as error:

@@ -14,7 +14,7 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 __all__ = [
     "KEPT",
@@ -45,6 +45,7 @@ class Entry(NamedTuple):
     is_folder: bool
 
 
+@runtime_checkable
 class Folder(Protocol):
     """A folder and everything in it; can be pickled, and made anew from its `location`."""
 
@@ -327,9 +328,7 @@ class ObjectFolder:
             extra = "pip install 'latentindigo[s3]'" if scheme in ("s3", "s3a") else "install the package it names"
             raise ValueError(f"'{location}' needs a package that is not installed ({error}); {extra}") from error
         except ValueError as error:
-            raise ValueError(
-                f"'{location}': expected a folder or the URL of one, got a URL of no known kind"
-            ) from error
+            raise ValueError(f"'{location}': expected a folder, or its URL in a store that fsspec knows") from error
         self._files.invalidate_cache()
 
     def __reduce__(self) -> tuple[type[ObjectFolder], tuple[str]]:
