@@ -584,6 +584,7 @@ def run_batch(job: BatchJob, engine: Engine, *, manifest: str | None = None) -> 
                 if _may_pass(row, item):
                     again.append(item)
                 yield row
+        out.clean()  # A worker that died in the middle of writing has left something, and all others are done.
         made = kept / "partial" / name
         try:
             made.parent.mkdir(parents=True, exist_ok=True)

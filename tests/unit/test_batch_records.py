@@ -70,7 +70,10 @@ def test_a_damaged_result_is_not_current(out: LocalFolder) -> None:
     assert not is_current(row_of(output_sha256=None, output_bytes=None), "i", "s", ["a.png"], out)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1}', b"\xff", b'{"schema": 1, "outputs": [], "x": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1}', b"\xff", b'{"schema": 1, "outputs": [], "x": 1}'],
+)
 def test_a_record_that_cannot_be_read_is_none(out: LocalFolder, content: bytes) -> None:
     out.write([(record_name("a.png"), content)])
     assert read_record(out, "a.png") is None
