@@ -60,7 +60,7 @@ class FakePipe:
         target = (round(height * scale), round(width * scale)) if size is None else (size[1], size[0])
         x = F.interpolate(image[None], target, mode="bicubic")[0] + torch.tensor([0.02, 0.0, -0.02])[:, None, None]
         images = [x + 0.001 * k + (0.01 * seed if self.seed_shift else 0) for k in range(num_samples)]
-        maps = [torch.full((1, *target), 0.1) for _ in images]
+        maps = [torch.full((1, *target), 0.1) for _ in images] if rest.get("detail_maps") else []
         uncertainty = [torch.full((1, *target), 0.05)] if num_samples > 1 else None
         return FakeOutput(images, maps, uncertainty, {"scale": scale, "steps": steps or 2})
 

@@ -183,7 +183,7 @@ def batch(
 ) -> None:
     """Parse, run, report; see `latentindigo batch --help`."""
     console = stderr_console()
-    with short_warnings(console), exit_codes(console, ValueError=ExitCode.USAGE), _stoppable(console):
+    with short_warnings(console), _stoppable(console), exit_codes(console, ValueError=ExitCode.USAGE):
         if engine == "local" and (workers or address):
             raise ValueError("workers, address: only a Ray cluster has them; add --engine ray")
         from latentindigo.batch import BatchJob
