@@ -13,12 +13,42 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from latentindigo import __version__
+from latentindigo.cli_batch import batch
 from latentindigo.cli_benchmark import benchmark
+from latentindigo.cli_options import (
+    CheckpointingOption,
+    CompileOption,
+    CropOption,
+    DetailMapOption,
+    DtypeOption,
+    FidelityOption,
+    GuidanceScaleOption,
+    GuidanceVaeOption,
+    InitModelOption,
+    InitOption,
+    LatentInnOption,
+    MethodOption,
+    NegativePromptOption,
+    OffloadOption,
+    PresetOption,
+    PriorConfigOption,
+    PriorOption,
+    PromptOption,
+    SamplesOption,
+    ScaleOption,
+    SchedulerOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    StrengthOption,
+    TileOption,
+    UncertaintyMapOption,
+    UpdateOption,
+)
 from latentindigo.command import (
     EXIT_CODES,
     INPUT,
     OUTPUT,
-    QUALITY,
     SPEED,
     DeviceOption,
     ExitCode,
@@ -42,8 +72,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExitCode", "app", "main"]
 
-
-_PRESET = "the preset's"
 
 app = typer.Typer(
     name="latentindigo",
@@ -78,21 +106,6 @@ def _root(
     """Options that belong to no command."""
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise typer.BadParameter(f"expected WIDTHxHEIGHT in pixels such as 1920x1080, got {text!r}")
-    return int(width), int(height)
-
-
-def _tile(text: str) -> str | int:
-    if text in ("auto", "off"):
-        return text
-    if not text.isdecimal() or int(text) < 256:
-        raise typer.BadParameter(f"expected 'auto', 'off' or at least 256 pixels, got {text!r}")
-    return int(text)
-
-
 @app.command(
     help="Restore photos.\n\nPhotos keep their orientation, colour profile, transparency, greyness and 16 bits. "
     "A photo that fails is reported and the others are done; nothing is overwritten without --overwrite.",
@@ -109,194 +122,30 @@ def restore(
         bool, typer.Option("--recursive", "-r", help="Also restore folders inside folders.", rich_help_panel=INPUT)
     ] = False,
     model: ModelOption = "embedded",
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Another latent diffusion model to sample with: a folder, a hub id or a .safetensors file.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    prior_config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="With a --prior of one file: its configurations, in diffusers' layout, so that none is fetched.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    guidance_vae: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A cheap autoencoder (AutoencoderTiny) for guidance in image space: a folder or a hub id.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    init_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Start from the estimate of another restorer, such as Real-ESRGAN: a .safetensors file.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    latent_inn: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Latent network for the prior's autoencoder, from `latentindigo train latent-inn --prior`.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    preset: Annotated[
-        Literal["faithful", "default", "vivid"],
-        typer.Option(help="How far to trust the photo, and how far the model.", rich_help_panel=QUALITY),
-    ] = "default",
-    fidelity: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Slide between vivid (0) and faithful (1).",
-            show_default=_PRESET,
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    method: Annotated[
-        Literal["latent-inn", "pixel-inn", "unguided"] | None,
-        typer.Option(
-            help="Guide in latent space (fast), in image space, or not at all.",
-            show_default=_PRESET,
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    update: Annotated[
-        Literal["projection", "stopped", "through"] | None,
-        typer.Option(
-            help="Guide without a gradient, with one that stops at the denoiser, or with one through it.",
-            show_default=_PRESET,
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    init: Annotated[
-        Literal["estimator", "encode", "inverse", "noise"] | None,
-        typer.Option(
-            help="What sampling starts from: a quick estimate, the enlarged photo, the inverse network, or noise.",
-            show_default=_PRESET,
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Share of noise at the start: above 0, up to 1 for pure noise.",
-            show_default=_PRESET,
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="What a prior that takes text is asked for; '' asks for nothing, without guidance by text.",
-            show_default="a sharp photograph",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="What it is to keep away from.",
-            show_default="blur, noise and the like",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FACTOR",
-            min=1,
-            max=50,
-            help="How strongly text guides; 1 = the prompt alone, in half of the time.",
-            show_default="the prior's",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    num_samples: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, max=64, help="Different results for each photo.", rich_help_panel=QUALITY),
-    ] = 1,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=0, help="Seed of the first result; result k uses seed + k.", rich_help_panel=QUALITY
-        ),
-    ] = 0,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=1000,
-            help="Denoiser evaluations.",
-            show_default=_PRESET,
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    scheduler: Annotated[
-        Literal["model", "ddim", "dpm++", "unipc", "euler", "lcm"],
-        typer.Option(
-            help="How to go from step to step: as the model was saved, or dpm++ or unipc for 4 to 10 steps, lcm for "
-            "networks made for it.",
-            rich_help_panel=SPEED,
-        ),
-    ] = "model",
-    tile: Annotated[
-        Any,
-        typer.Option(
-            metavar="PIXELS",
-            parser=_tile,
-            help="Side of a tile in output pixels (256 or more), 'auto' or 'off'; smaller tiles need less memory.",
-            rich_help_panel=SPEED,
-        ),
-    ] = "auto",
+    prior: PriorOption = None,
+    prior_config: PriorConfigOption = None,
+    guidance_vae: GuidanceVaeOption = None,
+    init_model: InitModelOption = None,
+    latent_inn: LatentInnOption = None,
+    preset: PresetOption = "default",
+    fidelity: FidelityOption = None,
+    method: MethodOption = None,
+    update: UpdateOption = None,
+    init: InitOption = None,
+    strength: StrengthOption = None,
+    prompt: PromptOption = None,
+    negative_prompt: NegativePromptOption = None,
+    guidance_scale: GuidanceScaleOption = None,
+    num_samples: SamplesOption = 1,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    scheduler: SchedulerOption = "model",
+    tile: TileOption = "auto",
     device: DeviceOption = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            help="Numbers the networks compute with.", show_default="bfloat16 where it is fast", rich_help_panel=SPEED
-        ),
-    ] = None,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile the networks first: on an accelerator it pays for many photos of one size.",
-            rich_help_panel=SPEED,
-        ),
-    ] = False,
-    checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointing",
-            help="Less memory for the gradients of --update stopped and through: a third for pixel-inn.",
-            rich_help_panel=SPEED,
-        ),
-    ] = False,
-    offload: Annotated[
-        Literal["none", "model", "sequential"],
-        typer.Option(
-            help="Keep networks (model) or their layers (sequential) on the CPU until the accelerator needs them: less "
-            "of its memory, more time.",
-            rich_help_panel=SPEED,
-        ),
-    ] = "none",
+    dtype: DtypeOption = None,
+    compiled: CompileOption = False,
+    checkpointing: CheckpointingOption = False,
+    offload: OffloadOption = "none",
     threads: ThreadsOption = None,
     out: Annotated[
         Path,
@@ -308,36 +157,11 @@ def restore(
             rich_help_panel=OUTPUT,
         ),
     ],
-    scale: Annotated[
-        float,
-        typer.Option(metavar="FACTOR", min=1, max=16, help="Output size over input size.", rich_help_panel=OUTPUT),
-    ] = 4.0,
-    size: Annotated[
-        Any,
-        typer.Option(
-            metavar="WxH",
-            parser=_size,
-            help="Output size in pixels instead of --scale; the aspect is kept, the photo fits inside.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    crop: Annotated[
-        bool, typer.Option("--crop", help="With --size: cut to its aspect and fill it.", rich_help_panel=OUTPUT)
-    ] = False,
-    detail_map: Annotated[
-        bool,
-        typer.Option(
-            "--detail-map", help="Also write NAME.detail.png: which detail was invented.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
-    uncertainty_map: Annotated[
-        bool,
-        typer.Option(
-            "--uncertainty-map",
-            help="Also write NAME.uncertainty.png: how far the samples differ (--num-samples 2 or more).",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    scale: ScaleOption = 4.0,
+    size: SizeOption = None,
+    crop: CropOption = False,
+    detail_map: DetailMapOption = False,
+    uncertainty_map: UncertaintyMapOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT)
     ] = False,
@@ -494,6 +318,18 @@ def _report(console: Console, outcome: Outcome, as_json: bool) -> None:
     elif outcome.status == "done":
         for path in outcome.task.files:
             echo_path(path)
+
+
+app.command(
+    help="Restore every photo of a folder and the folders inside it, once.\n\nA run that was stopped, or killed, goes "
+    "on when it is started again: what is complete is left alone, and other settings make it anew. A photo that fails "
+    "never ends the run, and is tried again at its end if that may help. A manifest lists every photo.",
+    epilog=examples(
+        "latentindigo batch old-photos/ restored/ --scale 2",
+        "latentindigo batch photos/ restored/ --include '*.jpg' --exclude 'thumbs/**' --manifest restored/all.parquet",
+        "latentindigo batch s3://album/photos s3://album/restored --engine ray --workers 4",
+    ),
+)(batch)
 
 
 @app.command(

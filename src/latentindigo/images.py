@@ -47,6 +47,7 @@ __all__ = [
     "ImageReadError",
     "LoadedImage",
     "contact_sheet",
+    "encode_image",
     "from_pil",
     "list_images",
     "load_image",
@@ -162,7 +163,9 @@ def list_images(folder: str | os.PathLike[str], recursive: bool = True) -> list[
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None = None) -> LoadedImage:
+def load_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, *, max_pixels: int | None = None
+) -> LoadedImage:
     """Read a picture upright, with everything that has to survive.
 
     The EXIF orientation is applied. Palette pictures become RGB, CMYK becomes sRGB (through its profile if it has one)
@@ -171,6 +174,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None
 
     Args:
         source: Path of a file, or the bytes of one.
+        name: Name for messages, None for the path's.
         max_pixels: Most pixels to decode; None means 180 million, or what LATENTINDIGO_MAX_PIXELS says.
 
     Returns:
@@ -180,7 +184,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int | None
         ImageReadError: The file is missing, damaged, cut short, too large, no file, or no picture.
     """
     data = source if isinstance(source, bytes) else read_file(source)
-    name = "image" if isinstance(source, bytes) else printable(Path(source).name)
+    name = printable(name or ("image" if isinstance(source, bytes) else Path(source).name))
     try:
         with open_picture(data, name, max_pixels) as image:
             samples = decode(image, name, data, max_pixels)
@@ -315,26 +319,50 @@ def save_image(
         OSError: The disk is full or the folder cannot be written to.
     """
     target = Path(path)
-    form = WRITE_SUFFIXES.get(target.suffix.lower())
-    if form is None:
-        raise ValueError(
-            f"save_image: expected a name ending in one of {', '.join(WRITE_SUFFIXES)}, got '{target.name}'; rename it"
-        )
-    if not 1 <= quality <= 100:
-        raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
+    _require_encoding(target.name, quality)
     refuse_overwrite(target, overwrite)
+    write_whole(target, encode_image(image, target.name, metadata=metadata, quality=quality), overwrite)
+
+
+def encode_image(image: LoadedImage, name: str, *, metadata: dict[str, Any] | None = None, quality: int = 95) -> bytes:
+    """The bytes that `save_image` writes, for places that are no local file.
+
+    Args:
+        image: The picture.
+        name: File name; its ending decides the format, as in `save_image`.
+        metadata: JSON-serialisable settings to store, or None.
+        quality: JPEG and WebP quality, 1 to 100.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        ValueError: The ending is unknown, the metadata is not JSON, or the format cannot hold the picture.
+    """
+    form = _require_encoding(name, quality)
     try:
         text = None if metadata is None else json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise ValueError(f"save_image: metadata must be JSON: {error}; pass plain dicts, lists and numbers") from error
     try:
-        data = _encode(image, form, text, quality)
+        return _encode(image, form, text, quality)
     except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         width, height = image.size
         raise ValueError(
             f"save_image: {form} cannot hold this picture of {width}x{height} pixels ({one_line(error)}); save as PNG"
         ) from error
-    write_whole(target, data, overwrite)
+
+
+def _require_encoding(name: str, quality: int) -> str:
+    """The format that a file name asks for."""
+    form = WRITE_SUFFIXES.get(Path(name).suffix.lower())
+    if form is None:
+        raise ValueError(
+            f"save_image: expected a name ending in one of {', '.join(WRITE_SUFFIXES)}, got '{name}'; rename it"
+        )
+    if not 1 <= quality <= 100:
+        raise ValueError(f"save_image: expected quality from 1 to 100, got {quality}; 95 is a good choice")
+    return form
 
 
 def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> bytes:
@@ -364,11 +392,11 @@ def _encode(image: LoadedImage, form: str, text: str | None, quality: int) -> by
     return buffer.getvalue()
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
     """The settings that `save_image` stored in a file.
 
     Args:
-        path: Picture file.
+        path: Picture file, or its bytes.
 
     Returns:
         The stored dict, or None if the file carries none.
@@ -376,8 +404,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         ImageReadError: The file is missing, damaged, or no picture.
     """
-    name = printable(Path(path).name)
-    data = read_file(path)
+    name = "image" if isinstance(path, bytes) else printable(Path(path).name)
+    data = path if isinstance(path, bytes) else read_file(path)
     try:
         with open_picture(data, name) as image:
             return stored_metadata(image)

@@ -41,9 +41,11 @@ __all__ = [
     "failure_kind",
     "fast_dtype",
     "load_pipeline",
+    "pictures_to_write",
     "resolve_settings",
     "restore_file",
     "restore_files",
+    "restore_picture",
 ]
 
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
@@ -465,22 +467,36 @@ def _size_of_result(picture: LoadedImage, settings: RestoreSettings) -> tuple[in
     return output_size(*picture.size, settings.scale, settings.size, settings.crop)
 
 
-def _restore(
+def restore_picture(
     pipe: Restorer,
-    model_hash: str,
-    task: Task,
     picture: LoadedImage,
     settings: RestoreSettings,
-    overwrite: bool,
-    on_step: Callable[[int], None] | None,
-    started: float,
-) -> Outcome:
+    *,
+    detail_maps: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Restoration:
+    """Call the pipeline on one picture.
+
+    Args:
+        pipe: The pipeline.
+        picture: The picture.
+        settings: How to restore.
+        detail_maps: Whether to make maps of invented detail; the pixels do not depend on it.
+        on_step: Called after every denoiser step with the number of steps done.
+
+    Returns:
+        The pipeline's output, tensors.
+
+    Raises:
+        ValueError: The pipeline refuses the picture.
+    """
+
     def after_step(_pipe: Any, step_index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
             on_step(step_index + 1)
         return values
 
-    result = pipe(
+    return pipe(
         picture.rgb,
         scale=settings.scale,
         size=settings.size,
@@ -500,34 +516,69 @@ def _restore(
         guidance_scale=settings.guidance_scale,
         scheduler=settings.scheduler,
         output_type="pt",
-        detail_maps=bool(task.detail_maps),
+        detail_maps=detail_maps,
         callback_on_step_end=after_step,
     )
+
+
+def pictures_to_write(
+    pipe: Restorer,
+    model_hash: str,
+    task: Task,
+    picture: LoadedImage,
+    result: Restoration,
+    settings: RestoreSettings,
+) -> Iterator[tuple[Path, LoadedImage, dict[str, Any]]]:
+    """Everything a task writes, one after the other, so that only one is held at a time.
+
+    Args:
+        pipe: The pipeline that restored.
+        model_hash: Hash of its weights.
+        task: Which files to write.
+        picture: The source.
+        result: What `restore_picture` made of it.
+        settings: How it was restored.
+
+    Yields:
+        File name, picture and metadata: samples, maps of invented detail, the map of uncertainty.
+    """
     metadata: dict[str, Any] = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
     # No part of the model, so its hash does not tell.
     init_model = getattr(pipe, "init_model", None)
     if init_model is not None:
         metadata["init_model"] = {"name": init_model.name, "sha256": init_model.sha256}
+    for index, target in enumerate(task.targets):
+        told = {**metadata, "settings": result.settings, "sample": index, "seed": settings.seed + index}
+        yield target, _dress(picture, result.images[index], settings.crop), told
+    for index, target in enumerate(task.detail_maps):
+        told = {**metadata, "map": "invented detail", "gain": MAP_GAIN}
+        yield target, _map_picture(result.detail_maps[index]), told
+    uncertainty = result.uncertainty
+    if task.uncertainty_map is not None and uncertainty is not None:
+        told = {**metadata, "map": "standard deviation of the samples", "gain": MAP_GAIN}
+        yield task.uncertainty_map, _map_picture(uncertainty[0]), told
+
+
+def _restore(
+    pipe: Restorer,
+    model_hash: str,
+    task: Task,
+    picture: LoadedImage,
+    settings: RestoreSettings,
+    overwrite: bool,
+    on_step: Callable[[int], None] | None,
+    started: float,
+) -> Outcome:
+    result = restore_picture(pipe, picture, settings, detail_maps=bool(task.detail_maps), on_step=on_step)
     written: list[Path] = []
-
-    def save(image: LoadedImage, target: Path, **facts: Any) -> None:
-        taken = os.path.lexists(target)
-        save_image(image, target, metadata={**metadata, **facts}, overwrite=overwrite)
-        if not taken:
-            written.append(target)
-
     try:
         for folder in {path.parent for path in task.files}:
             make_folder(folder)
-        for index, target in enumerate(task.targets):
-            facts = {"settings": result.settings, "sample": index, "seed": settings.seed + index}
-            save(_dress(picture, result.images[index], settings.crop), target, **facts)
-        for index, target in enumerate(task.detail_maps):
-            save(_map_picture(result.detail_maps[index]), target, map="invented detail", gain=MAP_GAIN)
-        uncertainty = result.uncertainty
-        if task.uncertainty_map is not None and uncertainty is not None:
-            about = "standard deviation of the samples"
-            save(_map_picture(uncertainty[0]), task.uncertainty_map, map=about, gain=MAP_GAIN)
+        for target, image, metadata in pictures_to_write(pipe, model_hash, task, picture, result, settings):
+            taken = os.path.lexists(target)
+            save_image(image, target, metadata=metadata, overwrite=overwrite)
+            if not taken:
+                written.append(target)
     except BaseException:  # A later run must not find half of a task in its way.
         for path in written:
             with contextlib.suppress(OSError):

@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from latentindigo.images import WRITE_SUFFIXES, list_images
 from latentindigo.safe_files import printable
 
-__all__ = ["Task", "find_pictures", "plan_tasks"]
+__all__ = ["Task", "find_pictures", "plan_folder", "plan_tasks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +124,52 @@ def plan_tasks(
     claimed: set[str] = set()
     tasks = []
     for source in sources:
-        candidates = [out] if single_file else _candidates(source, inputs, out)
+        candidates = [out] if single_file else _candidates(source, _place(source, inputs, out))
         planned = (_task(source, target, num_samples, detail_map, uncertainty_map) for target in candidates)
-        task = next(task for task in planned if claimed.isdisjoint(map(_key, task.files)))
+        task = _claim(planned, claimed)
         if not originals.isdisjoint(map(_real, task.files)):
             raise ValueError(
                 f"the result of '{printable(str(source))}' would replace an input; write to another folder"
             )
-        claimed.update(map(_key, task.files))
         tasks.append(task)
     return tasks
 
 
-def _candidates(source: Path, inputs: Sequence[Path], out: Path) -> Iterator[Path]:
-    """Names for a result, the plainest first; the second tells apart a.gif and a.png, both written as PNG."""
+def plan_folder(
+    sources: Iterable[Path], *, num_samples: int = 1, detail_map: bool = False, uncertainty_map: bool = False
+) -> Iterator[tuple[Path, Task]]:
+    """Decide the file names of the pictures of one folder as `plan_tasks` does, from their names alone.
+
+    Args:
+        sources: Pictures of one folder, in order, relative to whatever the results are to be relative to.
+        num_samples: Results for each picture.
+        detail_map: Also write maps of invented detail.
+        uncertainty_map: Also write the map of the samples' standard deviation.
+
+    Yields:
+        Each picture with its task.
+    """
+    claimed: set[str] = set()
+    for source in sources:
+        targets = _candidates(source, source.parent)
+        planned = (_task(source, target, num_samples, detail_map, uncertainty_map) for target in targets)
+        yield source, _claim(planned, claimed)
+
+
+def _claim(planned: Iterable[Task], claimed: set[str]) -> Task:
+    """The first task whose names are free, which it takes."""
+    task = next(task for task in planned if claimed.isdisjoint(map(_key, task.files)))
+    claimed.update(map(_key, task.files))
+    return task
+
+
+def _place(source: Path, inputs: Sequence[Path], out: Path) -> Path:
     folder = next((entry for entry in inputs if entry.is_dir() and source.is_relative_to(entry)), None)
-    place = out if folder is None else out / source.parent.relative_to(folder)
+    return out if folder is None else out / source.parent.relative_to(folder)
+
+
+def _candidates(source: Path, place: Path) -> Iterator[Path]:
+    """Names for a result, the plainest first; the second tells apart a.gif and a.png, both written as PNG."""
     suffix = source.suffix if source.suffix.lower() in WRITE_SUFFIXES else ".png"
     stem = f"{source.stem}-{source.suffix.lstrip('.')}" if source.suffix else f"{source.stem}-2"
     yield place / f"{source.stem}{suffix}"

@@ -291,7 +291,7 @@ def test_help_is_the_documented_one(root: Path) -> None:
     assert page.partition(START)[2].partition(END)[0].strip() == tables(app).strip()
 
 
-@pytest.mark.parametrize("command", ["restore", "train", "info"])
+@pytest.mark.parametrize("command", ["restore", "batch", "train", "info"])
 def test_help_names_codes_and_gives_examples(command: str) -> None:
     text = " ".join(run(command, "--help").stdout.split())
     assert "Exit codes" in text

@@ -68,7 +68,7 @@ def test_importing_the_package_imports_the_standard_library_at_most() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("restore", "--help"), ("train", "--help"), ("info", "--help"), ("--version",)],
+    [("--help",), ("restore", "--help"), ("batch", "--help"), ("train", "--help"), ("info", "--help"), ("--version",)],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
