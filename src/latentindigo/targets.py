@@ -98,7 +98,7 @@ def check_room(task: Task, size: tuple[int, int], bits: int, full: FullDisks | N
     if free is not None and free < wanted:
         raise OSError(
             errno.ENOSPC,
-            f"is not computed: it needs {_megabytes(wanted)} or more and {_megabytes(free)} are free; free some room "
+            f"is not computed: it needs {_amount(wanted)} or more and {_amount(free)} are free; free some room "
             "or write to another disk",
             str(task.targets[0]),
         )
@@ -120,8 +120,8 @@ def _free_bytes(task: Task) -> int | None:
         return None
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def _amount(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 class FullDisks:
@@ -155,7 +155,7 @@ class FullDisks:
         if known is not None and free is not None and pixels >= known[0] and free <= known[1]:
             raise OSError(
                 errno.ENOSPC,
-                f"is not computed: an earlier result, no larger, found no room in the {_megabytes(free)} that are "
+                f"is not computed: an earlier result, no larger, found no room in the {_amount(free)} that are "
                 "free; free some room or write to another disk",
                 str(task.targets[0]),
             )

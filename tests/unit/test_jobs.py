@@ -199,7 +199,7 @@ def test_nothing_is_computed_for_a_disk_that_is_full(tmp_path: Path, monkeypatch
     assert [outcome.kind for outcome in outcomes] == ["disk"] * 3
     assert not pipe.calls
     for name, outcome in zip("abc", outcomes, strict=True):
-        assert f"{name}.png' is not computed: it needs 0.0 MB or more and 0.0 MB are free" in (outcome.error or "")
+        assert f"{name}.png' is not computed: it needs 4.4 kB or more and 4.0 kB are free" in (outcome.error or "")
     assert not (tmp_path / "out").exists()
     free_room(monkeypatch, 5000)
     assert [outcome.kind for outcome in run_all(plan_tasks([tmp_path / "in"], tmp_path / "out"), pipe)] == [None] * 3
