@@ -32,6 +32,7 @@ __all__ = [
     "Outcome",
     "Restoration",
     "RestoreSettings",
+    "Restored",
     "Restorer",
     "failure_kind",
     "fast_dtype",
@@ -39,6 +40,8 @@ __all__ = [
     "resolve_settings",
     "restore_file",
     "restore_files",
+    "restore_picture",
+    "say_failure",
 ]
 
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
@@ -181,6 +184,27 @@ class Outcome:
             "model_hash": self.model_hash,
             "version": __version__,
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restored:
+    """One restored picture before it is written: pixels with what lies around them, and what is stored in the files.
+
+    Attributes:
+        pictures: Results, one per sample, with the source's opacity, greyness, depth, profile and EXIF.
+        records: What is stored in the file of each result: version, model, settings, seed.
+        detail_maps: Maps of invented detail, 16-bit grey, `MAP_GAIN` times brighter, one per sample, or none.
+        uncertainty: Map of the samples' standard deviation, likewise, or None for one sample.
+        map_records: What is stored with a map of invented detail, and with the map of uncertainty.
+        settings: The resolved settings; given back, they make the same pixels again.
+    """
+
+    pictures: tuple[LoadedImage, ...]
+    records: tuple[dict[str, Any], ...]
+    detail_maps: tuple[LoadedImage, ...]
+    uncertainty: LoadedImage | None
+    map_records: tuple[dict[str, Any], dict[str, Any]]
+    settings: dict[str, Any]
 
 
 @runtime_checkable
@@ -471,9 +495,63 @@ def _restore(
     on_step: Callable[[int], None] | None,
     started: float,
 ) -> Outcome:
+    def after_step(step: int, _tensors: dict[str, Any]) -> None:
+        if on_step is not None:
+            on_step(step)
+
+    made = restore_picture(
+        pipe, picture, settings, model_hash=model_hash, detail_maps=bool(task.detail_maps), on_step=after_step
+    )
+    for folder in {path.parent for path in task.files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for target, result, record in zip(task.targets, made.pictures, made.records, strict=True):
+        save_image(result, target, metadata=record, overwrite=overwrite)
+    of_detail, of_uncertainty = made.map_records
+    for target, detail in zip(task.detail_maps, made.detail_maps, strict=True):
+        save_image(detail, target, metadata=of_detail, overwrite=overwrite)
+    if task.uncertainty_map is not None and made.uncertainty is not None:
+        save_image(made.uncertainty, task.uncertainty_map, metadata=of_uncertainty, overwrite=overwrite)
+    return Outcome(
+        task,
+        "done",
+        seconds=time.perf_counter() - started,
+        input_size=picture.size,
+        output_size=made.pictures[0].size,
+        settings=made.settings,
+        model_hash=model_hash,
+    )
+
+
+def restore_picture(
+    pipe: Restorer,
+    picture: LoadedImage,
+    settings: RestoreSettings,
+    *,
+    model_hash: str,
+    detail_maps: bool = True,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> Restored:
+    """Restore a picture that is in memory, without files: what every door does between reading and writing.
+
+    Args:
+        pipe: The pipeline.
+        picture: What to restore.
+        settings: How to restore.
+        model_hash: `pipe.weights_hash()`, which takes seconds for a large model and so is not asked for each picture.
+        detail_maps: Whether maps of invented detail are made.
+        on_step: Called after every denoiser step with the number of steps done and the sampler's tensors, "latents"
+            and "z0", each (num_samples, c, h, w). What it raises ends the restoration.
+
+    Returns:
+        Pictures, maps and records.
+
+    Raises:
+        ValueError: The pipeline refuses the picture or the settings.
+    """
+
     def after_step(_pipe: Any, step_index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
-            on_step(step_index + 1)
+            on_step(step_index + 1, values)
         return values
 
     result = pipe(
@@ -496,7 +574,7 @@ def _restore(
         guidance_scale=settings.guidance_scale,
         scheduler=settings.scheduler,
         output_type="pt",
-        detail_maps=bool(task.detail_maps),
+        detail_maps=detail_maps,
         callback_on_step_end=after_step,
     )
     metadata: dict[str, Any] = {"software": "latentindigo", "version": __version__, "model_hash": model_hash}
@@ -504,39 +582,21 @@ def _restore(
     init_model = getattr(pipe, "init_model", None)
     if init_model is not None:
         metadata["init_model"] = {"name": init_model.name, "sha256": init_model.sha256}
-    for folder in {path.parent for path in task.files}:
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, target in enumerate(task.targets):
-        save_image(
-            _dress(picture, result.images[index], settings.crop),
-            target,
-            metadata={**metadata, "settings": result.settings, "sample": index, "seed": settings.seed + index},
-            overwrite=overwrite,
-        )
-    for index, target in enumerate(task.detail_maps):
-        save_image(
-            _map_picture(result.detail_maps[index]),
-            target,
-            metadata={**metadata, "map": "invented detail", "gain": MAP_GAIN},
-            overwrite=overwrite,
-        )
+    samples = range(settings.num_samples)
     uncertainty = result.uncertainty
-    if task.uncertainty_map is not None and uncertainty is not None:
-        save_image(
-            _map_picture(uncertainty[0]),
-            task.uncertainty_map,
-            metadata={**metadata, "map": "standard deviation of the samples", "gain": MAP_GAIN},
-            overwrite=overwrite,
-        )
-    height, width = result.images[0].shape[-2:]
-    return Outcome(
-        task,
-        "done",
-        seconds=time.perf_counter() - started,
-        input_size=picture.size,
-        output_size=(width, height),
+    return Restored(
+        pictures=tuple(_dress(picture, result.images[index], settings.crop) for index in samples),
+        records=tuple(
+            {**metadata, "settings": result.settings, "sample": index, "seed": settings.seed + index}
+            for index in samples
+        ),
+        detail_maps=tuple(_map_picture(values) for values in result.detail_maps) if detail_maps else (),
+        uncertainty=None if uncertainty is None else _map_picture(uncertainty[0]),
+        map_records=(
+            {**metadata, "map": "invented detail", "gain": MAP_GAIN},
+            {**metadata, "map": "standard deviation of the samples", "gain": MAP_GAIN},
+        ),
         settings=result.settings,
-        model_hash=model_hash,
     )
 
 
@@ -583,11 +643,23 @@ def failure_kind(error: BaseException) -> str:
     return "model" if isinstance(error, ModelLoadError) else "input"
 
 
-def _failed(task: Task, error: BaseException, started: float) -> Outcome:
-    kind = failure_kind(error)
+def say_failure(error: BaseException) -> str:
+    """Say in one line why a picture failed, for the person who wanted it.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        One sentence.
+    """
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         message = f"'{error.filename}' {error.strerror}"
-    if kind == "memory":
+    if failure_kind(error) == "memory":
         message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
-    return Outcome(task, "failed", error=message, kind=kind, seconds=time.perf_counter() - started)
+    return message
+
+
+def _failed(task: Task, error: BaseException, started: float) -> Outcome:
+    kind = failure_kind(error)
+    return Outcome(task, "failed", error=say_failure(error), kind=kind, seconds=time.perf_counter() - started)
