@@ -210,7 +210,6 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
     examples = _copy_examples(studio.folder.kept)
     page = _build_page(gr, studio, settings, examples)
     page.queue(max_size=settings.queue, default_concurrency_limit=settings.concurrency, api_open=False)
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONO)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         page,
@@ -227,12 +226,21 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=theme,
+        theme=_theme(gr),
         css=web_parts.CSS,
         head=web_parts.HEAD,
     )
     tickets = Tickets(str(path) for path in examples.values())
     return Guard(app, folder=studio.folder.path, upload_bytes=settings.limits.upload_bytes, tickets=tickets)
+
+
+def _theme(gr: Any) -> Any:
+    """Fonts of the visitor's own system, and small print that has enough contrast (4.5 : 1) in both colour schemes."""
+    quiet = dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600")
+    quiet |= dict.fromkeys(("block_title_text_color", "input_placeholder_color"), "*neutral_600")
+    dark = {f"{name}_dark": "*neutral_300" for name in quiet}
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONO)
+    return theme.set(**quiet, **dark)
 
 
 def _import_gradio() -> Any:
@@ -293,7 +301,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
                 photo, fields = _build_form(gr, studio.folder.path, examples)
                 with gr.Row():
                     start = gr.Button("Restore", variant="primary", elem_id="start")
-                    cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    cancel = gr.Button("Cancel", elem_id="cancel")
             with gr.Column(scale=7, min_width=300):
                 status = gr.HTML(web_parts.waiting("Choose a photo, then press Restore."), elem_id="status")
                 with gr.Tabs():
@@ -310,12 +318,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
                         spread = gr.HTML(
                             web_parts.maps((), "", "This map comes with 2 or more samples."), elem_id="uncertainty"
                         )
-                files = gr.File(
-                    label="Download (settings and metadata inside)",
-                    file_count="multiple",
-                    interactive=False,
-                    elem_id="files",
-                )
+                files = gr.HTML("", elem_id="files")
         shown = [status, view, detail, spread, files]
         run = start.click(
             _page_call(gr, studio),
@@ -345,19 +348,15 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
         alt_text="The photo to restore",
         placeholder="Drop a photo here\n- or -\nclick to choose one",
     )
+    gr.Markdown("Examples", elem_id="examples-label")
     with gr.Row(elem_id="examples"):
         for name, path in examples.items():
             # The page fills its own field: no call to the server, and no path but this one.
             value = {"path": str(path), "url": f"gradio_api/file={path.as_posix()}", "orig_name": path.name}
             value["meta"] = {"_type": "gradio.FileData"}
-            button = gr.Button(f"Example: {name}", size="sm", min_width=60)
+            button = gr.Button(name.capitalize(), size="sm", min_width=60)
             button.click(fn=None, js=f"() => ({value!r})".replace("None", "null"), outputs=photo)
     scale = gr.Slider(1, 16, value=4, step=0.5, label="Scale", info="Output size over input size")
-    with gr.Accordion("A size in pixels instead of a scale", open=False):
-        with gr.Row():
-            width = gr.Number(label="Width", precision=0, minimum=1, maximum=65535, min_width=90)
-            height = gr.Number(label="Height", precision=0, minimum=1, maximum=65535, min_width=90)
-        crop = gr.Checkbox(label="Cut to this size", info="Otherwise the photo fits inside and keeps its aspect")
     preset = gr.Radio(
         _PRESETS, value="default", label="Preset", info="How far to trust the photo, and how far the model"
     )
@@ -366,7 +365,12 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
     with gr.Row():
         seed = gr.Number(value=0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
         samples = gr.Slider(1, 8, value=1, step=1, label="Samples", min_width=120)
-    form = gr.Dropdown(list(FORMATS), value="as the photo", label="Format of the result")
+    with gr.Accordion("Size in pixels, file format", open=False):
+        with gr.Row():
+            width = gr.Number(label="Width instead of scale", precision=0, minimum=1, maximum=65535, min_width=90)
+            height = gr.Number(label="Height instead of scale", precision=0, minimum=1, maximum=65535, min_width=90)
+        crop = gr.Checkbox(label="Cut to this size", info="Otherwise the photo fits inside and keeps its aspect")
+        form = gr.Dropdown(list(FORMATS), value="as the photo", label="Format of the result")
     return photo, [scale, width, height, crop, preset, fidelity, seed, samples, form]
 
 
@@ -403,11 +407,11 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
     """What the button does: status, view, map of detail, map of uncertainty, files, again and again."""
 
     async def restore(photo: tuple[bytes, str] | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        same = gr.skip()
+        same, no_files = gr.skip(), ""
         data, name = photo or (None, "")
         try:
             wish, form = _wish(*values[:-1]), FORMATS[values[-1]]
-            yield web_parts.waiting("Reading the photo …"), same, same, same, None
+            yield web_parts.waiting("Reading the photo …"), same, same, same, no_files
             async with contextlib.aclosing(studio.follow(data, name, wish, form)) as steps:
                 async for now in steps:
                     if isinstance(now, Finished):
@@ -415,14 +419,15 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
                     else:
                         yield (*web_parts.step(now), same, same, same)
         except Refused as refusal:
-            yield web_parts.failed(str(refusal)), same, same, same, None
+            yield web_parts.failed(str(refusal)), same, same, same, no_files
         except Cancelled:
-            yield web_parts.waiting("Cancelled."), same, same, same, None
+            yield web_parts.waiting("Cancelled."), same, same, same, no_files
 
     return restore
 
 
-def _shown(result: Finished) -> tuple[Any, ...]:
+def _shown(result: Finished) -> tuple[str, str, str, str, str]:
+    """Status, comparison, map of detail, map of uncertainty, files to download."""
     notes = " ".join(("", *result.notes))
     few = "" if result.shown_uncertainty else "Take 2 or more samples for this map."
     spread = () if result.shown_uncertainty is None else (result.shown_uncertainty,)
@@ -431,7 +436,7 @@ def _shown(result: Finished) -> tuple[Any, ...]:
         web_parts.compare(result),
         web_parts.maps(result.shown_details, "Map of invented detail"),
         web_parts.maps(spread, "Map of uncertainty", few),
-        [str(path) for path in result.downloads],
+        web_parts.downloads(result),
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from latentindigo.jobs import MAP_GAIN
 from latentindigo.web_jobs import Finished, Step
 
-__all__ = ["ABOUT_DETAIL", "ABOUT_UNCERTAINTY", "CSS", "HEAD", "INTRODUCTION", "compare", "failed", "maps", "step", "waiting"]
+__all__ = ["ABOUT_DETAIL", "ABOUT_UNCERTAINTY", "CSS", "HEAD", "INTRODUCTION", "compare", "downloads", "failed", "maps", "step", "waiting"]
 
 INTRODUCTION = (
     "# LatentINDIGO\n\nRestores blurred, noisy, small or over-compressed photos, and shows which detail was invented. "
@@ -128,6 +128,28 @@ def maps(paths: Sequence[Path], name: str, absent: str = "") -> str:
     return "".join(figures)
 
 
+def downloads(result: Finished) -> str:
+    """Links to every file of a restoration, by what they are.
+
+    Args:
+        result: The restoration.
+
+    Returns:
+        HTML.
+    """
+    several = len(result.pictures) > 1
+    numbers = [f", sample {index + 1}" if several else "" for index in range(len(result.pictures))]
+    rows = [(f"Restored photo{number}", path) for number, path in zip(numbers, result.pictures, strict=True)]
+    rows += [(f"Map of invented detail{number}", path) for number, path in zip(numbers, result.detail_maps, strict=False)]
+    rows += [] if result.uncertainty is None else [("Map of uncertainty", result.uncertainty)]
+    items = "".join(
+        f"<li><a href='{_address(path)}' download='{html.escape(path.name, quote=True)}'>{what}</a> "
+        f"<span>{path.suffix[1:].upper()}, {max(1, round(path.stat().st_size / 1000))} kB</span></li>"
+        for what, path in rows
+    )
+    return f"<section class='li-downloads' aria-label='Download'><h2>Download</h2><ul>{items}</ul></section>"
+
+
 def _address(path: Path) -> str:
     """Where the page finds a file of the temporary folder; relative, so that it holds behind a proxy too."""
     return html.escape(f"gradio_api/file={path.as_posix()}", quote=True)
@@ -140,7 +162,8 @@ HEAD = (
 )
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container .main { min-width: 0 !important; width: 100% !important; box-sizing: border-box; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; overflow-x: clip; }
 .gradio-container h1 { font-size: 1.7rem; margin: .2rem 0 .3rem; }
 .gradio-container :is(a, button, input, select, textarea, summary, [tabindex]):focus-visible {
   outline: 3px solid #4f46e5 !important; outline-offset: 2px !important; }
@@ -148,7 +171,11 @@ CSS = """
 .dark :focus-visible { outline-color: #a5b4fc !important; }
 .li-status { margin: 0; padding: .55rem .75rem; border-radius: 8px; min-height: 1.4em;
   background: var(--background-fill-secondary); color: var(--body-text-color); }
-.li-status progress { width: 100%; height: .6rem; accent-color: #4f46e5; display: block; margin-top: .35rem; }
+.li-status progress { width: 100%; height: .6rem; display: block; margin-top: .35rem; appearance: none; border: 0;
+  border-radius: 99px; overflow: hidden; background: #cbd5e1; }
+.li-status progress::-webkit-progress-bar { background: #cbd5e1; }
+.li-status progress::-webkit-progress-value { background: #4f46e5; transition: width .2s; }
+.li-status progress::-moz-progress-bar { background: #4f46e5; }
 .li-failed { background: #fef2f2; color: #991b1b; border: 1px solid #dc2626; }
 .dark .li-failed { background: #450a0a; color: #fecaca; }
 .li-empty { padding: 3.5rem 1rem; text-align: center; color: var(--body-text-color); opacity: .85;
@@ -157,7 +184,7 @@ CSS = """
 .li-figure figcaption { font-size: .9rem; margin-top: .4rem; color: var(--body-text-color); }
 .li-figure img { margin: 0; }
 .li-preview, .li-map { display: block; width: auto; max-width: 100%; max-height: 70vh; border-radius: 8px; }
-.li-preview, .li-map { min-width: min(100%, 420px); object-fit: contain; }
+.li-preview, .li-map { min-width: min(100%, 640px); object-fit: contain; object-position: left; }
 .li-choice { display: flex; gap: .5rem; align-items: center; margin-bottom: .5rem; color: var(--body-text-color); }
 .li-choice select { padding: .35rem .5rem; border-radius: 6px; border: 1px solid var(--border-color-primary);
   background: var(--input-background-fill); color: var(--body-text-color); }
@@ -176,7 +203,15 @@ CSS = """
 .li-tag { position: absolute; top: .5rem; padding: .1rem .5rem; border-radius: 4px; background: #000a; color: #fff;
   font-size: .85rem; pointer-events: none; }
 .li-left { left: .5rem; } .li-right { right: .5rem; }
-#examples button { min-width: 0; }
+.li-downloads { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .9rem; }
+.li-downloads h2 { font-size: 1rem; margin: 0 0 .3rem; }
+.li-downloads ul { list-style: none; margin: 0; padding: 0; }
+.li-downloads li { margin: 0; padding: .3rem 0; display: flex; gap: 1rem; justify-content: space-between; }
+.li-downloads a { color: var(--link-text-color); text-decoration: underline; }
+.li-downloads span { white-space: nowrap; color: var(--body-text-color-subdued); }
+.gradio-container .html-container { padding: 0 !important; }
+#examples-label { margin-bottom: -.6rem; font-size: .9rem; }
+#examples { gap: .5rem; } #examples button { min-width: 0; padding-inline: .25rem; }
 footer { display: none !important; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
