@@ -360,7 +360,7 @@ class Studio:
         # Before decoding: a few kilobytes can stand for gigabytes of pixels.
         if pixels > self.limits.pixels:
             raise Refused(
-                f"'{shown}' has {pixels / 1e6:.1f} megapixels, and this page takes at most "
+                f"'{shown}' has {pixels / 1e6:.3g} megapixels, and this page takes at most "
                 f"{self.limits.pixels / 1e6:g}; make it smaller first."
             )
         try:
