@@ -39,7 +39,7 @@ class Page:
         process: The process.
         guard: What it tried to reach.
         temporary: Folder that holds its temporary folder.
-        said: What it printed up to its address.
+        said: What it printed, up to its address while it runs.
     """
 
     url: str
@@ -52,6 +52,9 @@ class Page:
         """End it as a service manager does; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        if self.process.stdout is not None:
+            self.said += self.process.stdout.read()
+            self.process.stdout.close()
         return self.process.wait(timeout=30)
 
 

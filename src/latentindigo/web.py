@@ -227,7 +227,6 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         pwa=False,
         mcp_server=False,
         theme=_theme(gr),
-        css=web_parts.CSS,
         head=web_parts.HEAD,
     )
     tickets = Tickets(str(path) for path in examples.values())
@@ -239,8 +238,11 @@ def _theme(gr: Any) -> Any:
     quiet = dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600")
     quiet |= dict.fromkeys(("block_title_text_color", "input_placeholder_color"), "*neutral_600")
     dark = {f"{name}_dark": "*neutral_300" for name in quiet}
+    strong = {"button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700"}
+    strong |= {f"{name}_dark": value for name, value in strong.items()}
+    strong |= {"color_accent": "*primary_600", "slider_color": "*primary_600"}
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONO)
-    return theme.set(**quiet, **dark)
+    return theme.set(**quiet, **dark, **strong)
 
 
 def _import_gradio() -> Any:
@@ -304,7 +306,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
                     cancel = gr.Button("Cancel", elem_id="cancel")
             with gr.Column(scale=7, min_width=300):
                 status = gr.HTML(web_parts.waiting("Choose a photo, then press Restore."), elem_id="status")
-                with gr.Tabs():
+                with gr.Tabs(overflow_behavior="wrap"):
                     with gr.Tab("Result"):
                         view = gr.HTML(
                             web_parts.maps((), "", "The result appears here, beside the photo as it was."),
@@ -361,7 +363,7 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
         _PRESETS, value="default", label="Preset", info="How far to trust the photo, and how far the model"
     )
     fidelity = gr.Slider(0, 1, value=0.5, step=0.05, label="Fidelity", info="0 = vivid, 1 = faithful")
-    fidelity.release(fn=None, js="() => 'slider'", outputs=preset)
+    fidelity.input(fn=None, js="() => 'slider'", outputs=preset)
     with gr.Row():
         seed = gr.Number(value=0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
         samples = gr.Slider(1, 8, value=1, step=1, label="Samples", min_width=120)

@@ -16,7 +16,7 @@ from PIL import Image
 from latentindigo.jobs import MAP_GAIN
 from latentindigo.web_jobs import Finished, Step
 
-__all__ = ["ABOUT_DETAIL", "ABOUT_UNCERTAINTY", "CSS", "HEAD", "INTRODUCTION", "compare", "downloads", "failed", "maps", "step", "waiting"]
+__all__ = ["ABOUT_DETAIL", "ABOUT_UNCERTAINTY", "HEAD", "INTRODUCTION", "compare", "downloads", "failed", "maps", "step", "waiting"]
 
 INTRODUCTION = (
     "# LatentINDIGO\n\nRestores blurred, noisy, small or over-compressed photos, and shows which detail was invented. "
@@ -155,13 +155,7 @@ def _address(path: Path) -> str:
     return html.escape(f"gradio_api/file={path.as_posix()}", quote=True)
 
 
-# Gradio asks for fonts from nowhere if the theme names none; the language is set where browsers and readers look for it.
-HEAD = (
-    "<meta name='description' content='Restores photos and shows which detail was invented.'>"
-    "<script>document.documentElement.lang = 'en';</script>"
-)
-
-CSS = """
+_CSS = """
 .gradio-container, .gradio-container .main { min-width: 0 !important; width: 100% !important; box-sizing: border-box; }
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; overflow-x: clip; }
 .gradio-container h1 { font-size: 1.7rem; margin: .2rem 0 .3rem; }
@@ -213,6 +207,17 @@ CSS = """
 #examples-label { margin-bottom: -.6rem; font-size: .9rem; }
 #examples { gap: .5rem; } #examples button { min-width: 0; padding-inline: .25rem; }
 footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
+.dark .gradio-container [role=tab][aria-selected=true] { color: #a5b4fc !important; }
+@media (max-width: 640px) {
+  .gradio-container .main { padding: .5rem !important; }
+  .gradio-container .tab-container button { padding: 0 .5rem !important; }
+}
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
+
+# In the head, not by Gradio's parameter for styles, which loses what stands inside media queries. The language is set
+# where browsers and screen readers look for it.
+HEAD = (
+    "<meta name='description' content='Restores photos and shows which detail was invented.'>"
+    f"<style>{_CSS}</style><script>document.documentElement.lang = 'en';</script>"
+)

@@ -228,7 +228,7 @@ def test_everything_can_be_reached_and_worked_by_keyboard(tab: Any) -> None:
     tab.get_by_role("button", name="Restore").focus()
     tab.keyboard.press("Enter")
     tab.locator("#status").get_by_text("Done in").wait_for(timeout=60_000)
-    tab.get_by_role("tab", name="Result").focus()
+    tab.get_by_role("tab", name="Uncertainty").focus()
     tab.keyboard.press("Tab")
     tab.keyboard.press("ArrowLeft")
     assert shares(tab) == "49%"
@@ -267,6 +267,7 @@ def test_small_print_has_enough_contrast(tab: Any) -> None:
 
 def test_it_is_readable_on_a_telephone(tab: Any) -> None:
     tab.set_viewport_size(TELEPHONE)
+    tab.reload()
     tab.get_by_role("button", name="Chelsea").click()
     tab.get_by_label("number input for Scale").fill("1")
     restore(tab)
