@@ -52,7 +52,7 @@ class Page:
         """End it as a service manager does; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        if self.process.stdout is not None:
+        if self.process.stdout is not None and not self.process.stdout.closed:
             self.said += self.process.stdout.read()
             self.process.stdout.close()
         return self.process.wait(timeout=30)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -103,10 +104,10 @@ def serve(
         ValueError: The address cannot be listened at.
         ModelLoadError: The model cannot be loaded.
     """
-    _import_gradio()
-    import uvicorn
-
     with _listening(settings) as listener, TemporaryFolder(settings.limits) as folder:
+        _import_gradio(folder.path)
+        import uvicorn
+
         studio = make_studio(load(), folder, settings, model=model, foreign=foreign)
         app = make_app(studio, settings)
 
@@ -203,13 +204,12 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
     Raises:
         ImportError: Gradio is not installed.
     """
-    gr = _import_gradio()
-    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder.path)
+    gr = _import_gradio(studio.folder.path)
     import fastapi
 
     examples = _copy_examples(studio.folder.kept)
     page = _build_page(gr, studio, settings, examples)
-    page.queue(max_size=settings.queue, default_concurrency_limit=settings.concurrency, api_open=False)
+    page.queue(max_size=settings.queue, default_concurrency_limit=settings.concurrency)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         page,
@@ -245,9 +245,9 @@ def _theme(gr: Any) -> Any:
     return theme.set(**quiet, **dark, **strong)
 
 
-def _import_gradio() -> Any:
-    """Gradio, which must not phone home."""
-    os.environ.update(_QUIET)
+def _import_gradio(folder: Path) -> Any:
+    """Gradio, which must not phone home, and must keep its files in a folder that goes with this page."""
+    os.environ.update(_QUIET, GRADIO_TEMP_DIR=str(folder))
     try:
         import gradio
     except ImportError as error:
@@ -326,6 +326,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
             _page_call(gr, studio),
             inputs=[photo, *fields],
             outputs=shown,
+            api_name="page",
             api_visibility="private",
             concurrency_id="restore",
             concurrency_limit=settings.concurrency,
@@ -333,8 +334,14 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
             show_progress_on=status,
         )
         cancel.click(fn=None, cancels=[run])
-        cancel.click(fn=None, js=f"() => {web_parts.waiting('Cancelled.')!r}", outputs=status)
+        cancel.click(fn=None, js=f"() => {json.dumps(web_parts.waiting('Cancelled.'))}", outputs=status)
         _build_api(gr, studio, settings, [photo, *fields])
+
+        def leave(request: Any) -> None:
+            studio.leave(request.session_hash)
+
+        # Closed tabs and clients that ended: their connection that says "still here" breaks.
+        page.unload(_asking_who(gr, leave))
     return page
 
 
@@ -357,7 +364,7 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
             value = {"path": str(path), "url": f"gradio_api/file={path.as_posix()}", "orig_name": path.name}
             value["meta"] = {"_type": "gradio.FileData"}
             button = gr.Button(name.capitalize(), size="sm", min_width=60)
-            button.click(fn=None, js=f"() => ({value!r})".replace("None", "null"), outputs=photo)
+            button.click(fn=None, js=f"() => ({json.dumps(value)})", outputs=photo)
     scale = gr.Slider(1, 16, value=4, step=0.5, label="Scale", info="Output size over input size")
     preset = gr.Radio(
         _PRESETS, value="default", label="Preset", info="How far to trust the photo, and how far the model"
@@ -369,8 +376,8 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
         samples = gr.Slider(1, 8, value=1, step=1, label="Samples", min_width=120)
     with gr.Accordion("Size in pixels, file format", open=False):
         with gr.Row():
-            width = gr.Number(label="Width instead of scale", precision=0, minimum=1, maximum=65535, min_width=90)
-            height = gr.Number(label="Height instead of scale", precision=0, minimum=1, maximum=65535, min_width=90)
+            width = gr.Number(0, label="Width, 0 = by scale", precision=0, minimum=0, maximum=65535, min_width=90)
+            height = gr.Number(0, label="Height, 0 = by scale", precision=0, minimum=0, maximum=65535, min_width=90)
         crop = gr.Checkbox(label="Cut to this size", info="Otherwise the photo fits inside and keeps its aspect")
         form = gr.Dropdown(list(FORMATS), value="as the photo", label="Format of the result")
     return photo, [scale, width, height, crop, preset, fidelity, seed, samples, form]
@@ -387,9 +394,9 @@ def _wish(
     samples: int,
 ) -> RestoreSettings:
     """The page's fields as settings; what does not fit is refused in one sentence."""
-    if (width is None) != (height is None):
-        raise Refused("A size needs a width and a height; give both, or clear both to use the scale.")
-    size = None if width is None or height is None else (int(width), int(height))
+    if bool(width) != bool(height):
+        raise Refused("A size needs a width and a height; give both, or set both to 0 to use the scale.")
+    size = (int(width), int(height)) if width and height else None
     by_slider = preset == "slider"
     try:
         return RestoreSettings(
@@ -408,13 +415,25 @@ def _wish(
 def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
     """What the button does: status, view, map of detail, map of uncertainty, files, again and again."""
 
-    async def restore(photo: tuple[bytes, str] | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+    async def restore(
+        photo: tuple[bytes, str] | None,
+        scale: float,
+        width: int | None,
+        height: int | None,
+        crop: bool,
+        preset: str,
+        fidelity: float,
+        seed: int | None,
+        num_samples: int,
+        format: str,  # noqa: A002  (the name that clients write)
+        request: Any,
+    ) -> AsyncIterator[tuple[Any, ...]]:
         same, no_files = gr.skip(), ""
         data, name = photo or (None, "")
         try:
-            wish, form = _wish(*values[:-1]), FORMATS[values[-1]]
+            wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             yield web_parts.waiting("Reading the photo …"), same, same, same, no_files
-            async with contextlib.aclosing(studio.follow(data, name, wish, form)) as steps:
+            async with contextlib.aclosing(studio.follow(data, name, wish, FORMATS[format], request.session_hash)) as steps:
                 async for now in steps:
                     if isinstance(now, Finished):
                         yield _shown(now)
@@ -425,7 +444,13 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
         except Cancelled:
             yield web_parts.waiting("Cancelled."), same, same, same, no_files
 
-    return restore
+    return _asking_who(gr, restore)
+
+
+def _asking_who(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell Gradio which parameter is the request; it reads that from the type, which is not known before its import."""
+    function.__annotations__["request"] = gr.Request
+    return function
 
 
 def _shown(result: Finished) -> tuple[str, str, str, str, str]:
@@ -456,6 +481,7 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         seed: int | None,
         num_samples: int,
         format: str,  # noqa: A002  (the name that clients write)
+        request: Any,
     ) -> tuple[list[str], list[str], str | None, dict[str, Any]]:
         """Restore one photo.
 
@@ -466,7 +492,7 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         finished = None
         try:
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
-            async with contextlib.aclosing(studio.follow(data, name, wish, FORMATS[format])) as steps:
+            async with contextlib.aclosing(studio.follow(data, name, wish, FORMATS[format], request.session_hash)) as steps:
                 async for now in steps:
                     finished = now if isinstance(now, Finished) else finished
         except (Refused, Cancelled) as refusal:
@@ -487,7 +513,7 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         used = gr.JSON(label="Settings used")
         call = gr.Button("restore")
     call.click(
-        restore,
+        _asking_who(gr, restore),
         inputs=inputs,
         outputs=[pictures, details, spread, used],
         api_name="restore",

@@ -234,7 +234,7 @@ class Studio:
         self._preview = preview
         self._model_hash = pipe.weights_hash()
         self._workers = ThreadPoolExecutor(concurrency, thread_name_prefix="restoration")
-        self._running: set[threading.Event] = set()
+        self._running: dict[threading.Event, str] = {}
 
     def close(self) -> None:
         """Stop everything that runs, at its next step, and wait for it."""
@@ -242,8 +242,18 @@ class Studio:
             stop.set()
         self._workers.shutdown(wait=True, cancel_futures=True)
 
+    def leave(self, session: str) -> None:
+        """Stop what a visitor has running, at its next step: nobody waits for it any more.
+
+        Args:
+            session: The visitor, as given to `follow`.
+        """
+        for stop, owner in list(self._running.items()):
+            if owner == session:
+                stop.set()
+
     async def follow(
-        self, data: bytes | None, name: str, settings: RestoreSettings, form: str = ""
+        self, data: bytes | None, name: str, settings: RestoreSettings, form: str = "", session: str = ""
     ) -> AsyncIterator[Step | Finished]:
         """Restore in a thread and tell of every step; leaving the loop, or being cancelled, stops the computation.
 
@@ -252,26 +262,28 @@ class Studio:
             name: The file's name, for messages and for the names of results.
             settings: How to restore.
             form: A value of `FORMATS`: the ending of the results' names, "" for the photo's own.
+            session: Who asks, for `leave`.
 
         Yields:
             A `Step` after each denoiser step, and at the end one `Finished`.
 
         Raises:
             Refused: The photo cannot be read or is too large, or the settings do not fit it.
+            Cancelled: The visitor left.
         """
         if data is None:
             raise Refused("There is no photo yet; choose one, drop it on the page, or paste it.")
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Step | None] = asyncio.Queue()
         stop = threading.Event()
-        self._running.add(stop)
+        self._running[stop] = session
 
         def tell(step: Step | None) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(told.put_nowait, step)
 
         def ended(future: Future[Finished]) -> None:
-            self._running.discard(stop)
+            self._running.pop(stop, None)
             if not future.cancelled():
                 future.exception()  # Looked at, so that nobody complains that it was not.
             tell(None)

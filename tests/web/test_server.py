@@ -22,7 +22,7 @@ from web_page import Page, Starter, photo, until
 pytestmark = pytest.mark.web
 
 # As the API lists them, after the photo: scale, width, height, crop, preset, fidelity, seed, samples, format.
-SETTINGS = [1, None, None, False, "default", 0.5, 0, 1, "as the photo"]
+SETTINGS = [1, 0, 0, False, "default", 0.5, 0, 1, "as the photo"]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def client(page: Page, tmp_path: Path) -> Client:
 
 
 def connect(page: Page, folder: Path, **options: Any) -> Client:
-    return Client(page.url, verbose=False, download_files=str(folder / "downloads"), **options)
+    return Client(page.url, verbose=False, analytics_enabled=False, download_files=str(folder / "downloads"), **options)
 
 
 def upload(page: Page, data: bytes, name: str = "photo.png") -> str:
@@ -163,19 +163,16 @@ def slow(page: Page, session: str, samples: int = 8) -> None:
     assert join(page, [file_of(path), 4, *SETTINGS[1:-2], samples, SETTINGS[-1]], session).status_code == 200
 
 
-def test_a_full_queue_is_refused_politely_and_a_cancelled_client_makes_room(
+def test_a_full_queue_is_refused_politely_and_a_visitor_who_left_makes_room(
     start_page: Starter, tmp_path: Path
 ) -> None:
     page = start_page("--queue", "1")
     gone = threading.Event()
 
     def stay() -> None:
-        """Listen to the queue as a browser does, and go away in the middle."""
-        address = f"{page.url}gradio_api/queue/data"
-        with httpx.stream("GET", address, params={"session_hash": "first"}, timeout=60) as lines:
-            for _ in lines.iter_lines():
-                if gone.is_set():
-                    return
+        """Say "still here" as a browser does, until the tab is closed."""
+        with httpx.stream("GET", f"{page.url}gradio_api/heartbeat/first", timeout=60):
+            gone.wait(60)
 
     slow(page, "first")
     listener = threading.Thread(target=stay)
