@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, metavar="S", help="default: %(default)s")
     parser.add_argument("--queue", type=int, default=20, metavar="N", help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default: the results of this folder")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FOLDER", help="default: the results of this folder"
+    )
     options = parser.parse_args()
     command = [sys.executable, "-m", "latentindigo", "app", "--port", "0", "--threads", "1"]
     command += ["--queue", str(options.queue), "--concurrency", str(options.concurrency)]

@@ -4,9 +4,9 @@
     subprocess.run([...], env=guard.environment())
     assert guard.attempts() == []
 
-Python runs a `sitecustomize` module at its start. The one that is written here replaces the calls that connect, send and
-look names up. Whatever would leave this machine is refused, as without a network, and noted in a file. Libraries that
-open sockets in C, past Python, are not seen.
+Python runs a `sitecustomize` module at its start. The one that is written here replaces the calls that connect, send
+and look names up. Whatever would leave this machine is refused, as without a network, and noted in a file. Libraries
+that open sockets in C, past Python, are not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["NetworkGuard"]
 
-_SITE = r'''
+_SITE = r"""
 import ipaddress, os, socket
 
 _NOTES = {notes!r}
@@ -70,7 +70,7 @@ for _name in ("connect", "connect_ex", "sendto"):
     _guarded_method(_name)
 for _name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
     _guarded_lookup(_name)
-'''
+"""
 
 
 class NetworkGuard:

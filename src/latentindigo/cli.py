@@ -612,8 +612,8 @@ app.command(
 
 app.command(
     name="app",
-    help="Serve a web page on this computer that restores photos.\n\nNothing is sent anywhere: no statistics, no fonts, "
-    "no files. Photos are deleted after --keep minutes and when the page ends.",
+    help="Serve a web page on this computer that restores photos.\n\nNothing is sent anywhere: no statistics, no "
+    "fonts, no files. Photos are deleted after --keep minutes and when the page ends.",
     epilog=examples(
         "latentindigo app --open",
         "latentindigo app --port 8000 --max-pixels 8 --queue 5",

@@ -25,7 +25,7 @@ from typing import Any
 from latentindigo import web_parts
 from latentindigo.jobs import Restorer, RestoreSettings, resolve_settings
 from latentindigo.web_guard import Guard, Tickets
-from latentindigo.web_jobs import FORMATS, Cancelled, Finished, Limits, Refused, Studio, TemporaryFolder
+from latentindigo.web_jobs import FORMATS, Finished, Limits, RefusedError, StoppedError, Studio, TemporaryFolder
 
 __all__ = ["PageSettings", "make_app", "serve"]
 
@@ -146,7 +146,7 @@ def _listening(settings: PageSettings) -> Iterator[socket.socket]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"cannot listen at {settings.host}, port {settings.port} ({reason}); give another --port, or 0 for a free one"
+            f"cannot listen at {settings.host}, port {settings.port} ({reason}); give another --port, 0 for a free one"
         ) from error
     with listener:
         yield listener
@@ -235,7 +235,9 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
 
 def _theme(gr: Any) -> Any:
     """Fonts of the visitor's own system, and small print that has enough contrast (4.5 : 1) in both colour schemes."""
-    quiet = dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600")
+    quiet = dict.fromkeys(
+        ("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600"
+    )
     quiet |= dict.fromkeys(("block_title_text_color", "input_placeholder_color"), "*neutral_600")
     dark = {f"{name}_dark": "*neutral_300" for name in quiet}
     strong = {"button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700"}
@@ -271,27 +273,27 @@ def _copy_examples(folder: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def _photo_component(gr: Any, folder: Path) -> Any:
-    """Gradio's image component, but what it hands on are the bytes of the file, untouched, and its name."""
+def _reading(gr: Any, folder: Path) -> Callable[[Any], tuple[bytes, str] | None]:
+    """What the photo's field hands on: the bytes of the file, untouched, and its name.
 
-    class Photo(gr.Image):
-        is_template = True  # The page draws it as it draws its parent.
+    Gradio's image component would decode the file and write it again, without its profile and its 16 bits.
+    """
 
-        def preprocess(self, payload: Any) -> tuple[bytes, str] | None:
-            if payload is None or not payload.path:
-                return None
-            path = Path(payload.path).resolve()
-            # The guard let it pass; this is the second lock on the same door.
-            if not path.is_relative_to(folder):
-                raise gr.Error("That file was not uploaded to this page.", print_exception=False)
-            try:
-                return path.read_bytes(), payload.orig_name or path.name
-            except OSError:
-                raise gr.Error(
-                    "The photo was deleted from this server meanwhile; upload it again.", print_exception=False
-                ) from None
+    def read(payload: Any) -> tuple[bytes, str] | None:
+        if payload is None or not payload.path:
+            return None
+        path = Path(payload.path).resolve()
+        # The guard let it pass; this is the second lock on the same door.
+        if not path.is_relative_to(folder):
+            raise gr.Error("That file was not uploaded to this page.", print_exception=False)
+        try:
+            return path.read_bytes(), payload.orig_name or path.name
+        except OSError:
+            raise gr.Error(
+                "The photo was deleted from this server meanwhile; upload it again.", print_exception=False
+            ) from None
 
-    return Photo
+    return read
 
 
 def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[str, Path]) -> Any:
@@ -347,7 +349,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
 
 def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, list[Any]]:
     """The photo's place, the examples and the settings; the settings in the order of `_wish`'s arguments."""
-    photo = _photo_component(gr, folder)(
+    photo = gr.Image(
         label="Photo",
         type="filepath",
         sources=["upload", "clipboard"],
@@ -357,6 +359,8 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
         alt_text="The photo to restore",
         placeholder="Drop a photo here\n- or -\nclick to choose one",
     )
+    # Not a class of our own: Gradio would write a file of type hints beside its source.
+    photo.preprocess = _reading(gr, folder)
     gr.Markdown("Examples", elem_id="examples-label")
     with gr.Row(elem_id="examples"):
         for name, path in examples.items():
@@ -395,7 +399,7 @@ def _wish(
 ) -> RestoreSettings:
     """The page's fields as settings; what does not fit is refused in one sentence."""
     if bool(width) != bool(height):
-        raise Refused("A size needs a width and a height; give both, or set both to 0 to use the scale.")
+        raise RefusedError("A size needs a width and a height; give both, or set both to 0 to use the scale.")
     size = (int(width), int(height)) if width and height else None
     by_slider = preset == "slider"
     try:
@@ -409,7 +413,7 @@ def _wish(
             seed=int(seed or 0),
         )
     except ValueError as error:
-        raise Refused(f"{error}.") from error
+        raise RefusedError(f"{error}.") from error
 
 
 def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
@@ -433,15 +437,17 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
         try:
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             yield web_parts.waiting("Reading the photo …"), same, same, same, no_files
-            async with contextlib.aclosing(studio.follow(data, name, wish, FORMATS[format], request.session_hash)) as steps:
+            async with contextlib.aclosing(
+                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+            ) as steps:
                 async for now in steps:
                     if isinstance(now, Finished):
                         yield _shown(now)
                     else:
                         yield (*web_parts.step(now), same, same, same)
-        except Refused as refusal:
+        except RefusedError as refusal:
             yield web_parts.failed(str(refusal)), same, same, same, no_files
-        except Cancelled:
+        except StoppedError:
             yield web_parts.waiting("Cancelled."), same, same, same, no_files
 
     return _asking_who(gr, restore)
@@ -492,10 +498,12 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         finished = None
         try:
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
-            async with contextlib.aclosing(studio.follow(data, name, wish, FORMATS[format], request.session_hash)) as steps:
+            async with contextlib.aclosing(
+                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+            ) as steps:
                 async for now in steps:
                     finished = now if isinstance(now, Finished) else finished
-        except (Refused, Cancelled) as refusal:
+        except (RefusedError, StoppedError) as refusal:
             raise gr.Error(str(refusal) or "Cancelled.", print_exception=False) from None
         if finished is None:
             raise gr.Error("Cancelled.", print_exception=False)

@@ -1,7 +1,7 @@
 """The gate in front of the web page: which requests get in, and which files a client may name.
 
-Gradio lets a client send a path, of anything in its temporary folder, or an address, which the server then fetches. Here
-a client may name only what this server handed to it: a file of its own upload, or an example. Everything else is
+Gradio lets a client send a path, of anything in its temporary folder, or an address, which the server then fetches.
+Here a client may name only what this server handed to it: a file of its own upload, or an example. Everything else is
 refused before Gradio sees it. Nothing here knows Gradio; it is plain ASGI.
 
 Which paths a visitor may name is kept as tickets. An upload gives one ticket for its path. The first session that uses
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-__all__ = ["QUEUE_FULL", "Guard", "NotYours", "Tickets"]
+__all__ = ["QUEUE_FULL", "Guard", "NotYoursError", "Tickets"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -55,7 +55,7 @@ _HEADERS = {
 }
 
 
-class NotYours(ValueError):
+class NotYoursError(ValueError):
     """A client named a file that was not handed to it; the message is one sentence."""
 
 
@@ -86,7 +86,7 @@ class Tickets:
             session: Who sent it.
 
         Raises:
-            NotYours: The path was never handed out, or belongs to others.
+            NotYoursError: The path was never handed out, or belongs to others.
         """
         if path in self._shared:
             return
@@ -94,7 +94,7 @@ class Tickets:
         if session in owners:
             return
         if not free:
-            raise NotYours("That file was not uploaded by you to this page; upload the photo again.")
+            raise NotYoursError("That file was not uploaded by you to this page; upload the photo again.")
         self._files[path] = free - 1, owners | {session}
 
     def check_all(self, data: Any, session: str) -> Any:
@@ -108,7 +108,7 @@ class Tickets:
             The same values; of a file only what is harmless is left, no address above all.
 
         Raises:
-            NotYours: See `check`.
+            NotYoursError: See `check`.
         """
         if isinstance(data, list):
             return [self.check_all(value, session) for value in data]
@@ -118,7 +118,7 @@ class Tickets:
             return {key: self.check_all(value, session) for key, value in data.items()}
         path = data.get("path")
         if not isinstance(path, str):
-            raise NotYours("A photo is named by the path that its upload gave, and no such path was sent.")
+            raise NotYoursError("A photo is named by the path that its upload gave, and no such path was sent.")
         self.check(path, session)
         name = data.get("orig_name")
         kept = {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -207,7 +207,7 @@ class Guard:
                     session = f"address {(scope.get('client') or ('?',))[0]}"
                 values["data"] = self._tickets.check_all(values["data"], session)
                 values.pop("event_data", None)  # No event here has any, and a file could hide in it.
-            except NotYours as refusal:
+            except NotYoursError as refusal:
                 await _answer(send, 403, str(refusal))
                 return
             except (ValueError, RecursionError):

@@ -28,7 +28,7 @@ from latentindigo.encoding import DECODE_ERRORS, open_picture
 from latentindigo.images import ImageReadError, LoadedImage, load_image, save_image, to_pil
 from latentindigo.jobs import Restored, Restorer, RestoreSettings, failure_kind, restore_picture, say_failure
 
-__all__ = ["FORMATS", "Cancelled", "Finished", "Limits", "Refused", "Step", "Studio", "TemporaryFolder"]
+__all__ = ["FORMATS", "Finished", "Limits", "RefusedError", "Step", "StoppedError", "Studio", "TemporaryFolder"]
 
 FORMATS = {"as the photo": "", "PNG": ".png", "JPEG": ".jpg", "WebP": ".webp", "TIFF": ".tif"}
 _SUFFIX_OF = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}
@@ -38,11 +38,11 @@ _SWEEP_SECONDS = 20.0
 _MAX_SCALE_OF_A_PASS = 8 * 2**0.5  # As in pipeline.py: beyond it, passes of 4 come first.
 
 
-class Cancelled(Exception):
+class StoppedError(Exception):
     """Somebody asked to stop; the restoration ended at its next step."""
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """A photo or a wish that this server does not take; the message is one sentence fit to show to a user."""
 
 
@@ -268,11 +268,11 @@ class Studio:
             A `Step` after each denoiser step, and at the end one `Finished`.
 
         Raises:
-            Refused: The photo cannot be read or is too large, or the settings do not fit it.
-            Cancelled: The visitor left.
+            RefusedError: The photo cannot be read or is too large, or the settings do not fit it.
+            StoppedError: The visitor left.
         """
         if data is None:
-            raise Refused("There is no photo yet; choose one, drop it on the page, or paste it.")
+            raise RefusedError("There is no photo yet; choose one, drop it on the page, or paste it.")
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Step | None] = asyncio.Queue()
         stop = threading.Event()
@@ -321,8 +321,8 @@ class Studio:
             The files; they are the folder's, and go when it sweeps.
 
         Raises:
-            Refused: The photo cannot be read or is too large, or the settings do not fit it.
-            Cancelled: `stop` was set.
+            RefusedError: The photo cannot be read or is too large, or the settings do not fit it.
+            StoppedError: `stop` was set.
         """
         started = time.perf_counter()
         try:
@@ -339,26 +339,24 @@ class Studio:
                     on_step(Step(seen, max(total, seen), to_pil(self._preview(tensors["z0"], target))))
 
             _check(stop)
-            made = restore_picture(
-                self.pipe, picture, settings, model_hash=self._model_hash, on_step=after_step
-            )
+            made = restore_picture(self.pipe, picture, settings, model_hash=self._model_hash, on_step=after_step)
             _check(stop)
-        except (Refused, Cancelled):
+        except (RefusedError, StoppedError):
             raise
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            raise Refused(_sentence(error)) from error
+            raise RefusedError(_sentence(error)) from error
         folder = self.folder.make()
         try:
             return self._write(folder, picture, made, _stem(name), form or suffix, started)
         except (ValueError, OSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise Refused(_sentence(error)) from error
+            raise RefusedError(_sentence(error)) from error
 
     def _read(self, data: bytes, name: str) -> tuple[LoadedImage, str]:
         """The photo, and the ending that its format is written with."""
         shown = Path(name.replace("\\", "/")).name[:100] or "photo"
         if len(data) > self.limits.upload_bytes:
-            raise Refused(
+            raise RefusedError(
                 f"'{shown}' has {_megabytes(len(data))} MB, and this page takes at most "
                 f"{_megabytes(self.limits.upload_bytes)} MB; save it smaller first."
             )
@@ -371,14 +369,14 @@ class Studio:
             pixels = 0  # `load_image` says what is wrong with it.
         # Before decoding: a few kilobytes can stand for gigabytes of pixels.
         if pixels > self.limits.pixels:
-            raise Refused(
+            raise RefusedError(
                 f"'{shown}' has {pixels / 1e6:.3g} megapixels, and this page takes at most "
                 f"{self.limits.pixels / 1e6:g}; make it smaller first."
             )
         try:
             picture = load_image(data)
         except ImageReadError as error:
-            raise Refused(str(error).replace("'image'", f"'{shown}'")) from error
+            raise RefusedError(str(error).replace("'image'", f"'{shown}'")) from error
         return dataclasses.replace(picture, name=shown), suffix
 
     def _check_output(self, picture: LoadedImage, settings: RestoreSettings) -> tuple[int, int]:
@@ -392,7 +390,7 @@ class Studio:
         pixels = target[0] * target[1] * settings.num_samples
         if pixels > self.limits.pixels:
             samples = "" if settings.num_samples == 1 else f" in {settings.num_samples} samples"
-            raise Refused(
+            raise RefusedError(
                 f"The result would have {target[0]} x {target[1]} pixels{samples}, and this page makes at most "
                 f"{self.limits.pixels / 1e6:g} megapixels at once; choose a smaller scale or fewer samples."
             )
@@ -438,7 +436,7 @@ class Studio:
 
 def _check(stop: threading.Event | None) -> None:
     if stop is not None and stop.is_set():
-        raise Cancelled
+        raise StoppedError
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int]) -> int:

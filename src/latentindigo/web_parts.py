@@ -1,6 +1,6 @@
 """The pieces of the web page that are HTML, CSS and a few lines of script: status, comparison, maps, looks.
 
-Every word that comes from a visitor is escaped. Pictures are named by addresses on this server, or held inside the page.
+Every word that comes from a visitor is escaped. Pictures are named by addresses here, or held inside the page.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from latentindigo.jobs import MAP_GAIN
 from latentindigo.web_jobs import Finished, Step
 
-__all__ = ["ABOUT_DETAIL", "ABOUT_UNCERTAINTY", "HEAD", "INTRODUCTION", "compare", "downloads", "failed", "maps", "step", "waiting"]
+__all__ = [
+    "ABOUT_DETAIL",
+    "ABOUT_UNCERTAINTY",
+    "HEAD",
+    "INTRODUCTION",
+    "compare",
+    "downloads",
+    "failed",
+    "maps",
+    "step",
+    "waiting",
+]
 
 INTRODUCTION = (
     "# LatentINDIGO\n\nRestores blurred, noisy, small or over-compressed photos, and shows which detail was invented. "
@@ -140,7 +149,9 @@ def downloads(result: Finished) -> str:
     several = len(result.pictures) > 1
     numbers = [f", sample {index + 1}" if several else "" for index in range(len(result.pictures))]
     rows = [(f"Restored photo{number}", path) for number, path in zip(numbers, result.pictures, strict=True)]
-    rows += [(f"Map of invented detail{number}", path) for number, path in zip(numbers, result.detail_maps, strict=False)]
+    rows += [
+        (f"Map of invented detail{number}", path) for number, path in zip(numbers, result.detail_maps, strict=False)
+    ]
     rows += [] if result.uncertainty is None else [("Map of uncertainty", result.uncertainty)]
     items = "".join(
         f"<li><a href='{_address(path)}' download='{html.escape(path.name, quote=True)}'>{what}</a> "
@@ -194,13 +205,14 @@ _CSS = """
 .li-frame input[type=range] { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: ew-resize; touch-action: pan-y; }
 .li-frame:focus-within { outline: 3px solid #4f46e5; outline-offset: 2px; }
-.li-tag { position: absolute; top: .5rem; padding: .1rem .5rem; border-radius: 4px; background: #000a; color: #fff;
-  font-size: .85rem; pointer-events: none; }
+.li-tag { position: absolute; top: .5rem; padding: .1rem .5rem; border-radius: 4px; background: #000a;
+  color: #fff !important;   font-size: .85rem; pointer-events: none; }
 .li-left { left: .5rem; } .li-right { right: .5rem; }
 .li-downloads { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .9rem; }
-.li-downloads h2 { font-size: 1rem; margin: 0 0 .3rem; }
-.li-downloads ul { list-style: none; margin: 0; padding: 0; }
-.li-downloads li { margin: 0; padding: .3rem 0; display: flex; gap: 1rem; justify-content: space-between; }
+.li-downloads h2 { font-size: 1rem !important; margin: 0 0 .3rem !important; }
+.li-downloads ul { list-style: none !important; margin: 0 !important; padding: 0 !important; }
+.li-downloads li { margin: 0 !important; padding: .3rem 0 !important;
+  display: flex; gap: 1rem; justify-content: space-between; }
 .li-downloads a { color: var(--link-text-color); text-decoration: underline; }
 .li-downloads span { white-space: nowrap; color: var(--body-text-color-subdued); }
 .gradio-container .html-container { padding: 0 !important; }

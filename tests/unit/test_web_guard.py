@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from latentindigo.web_guard import QUEUE_FULL, Guard, NotYours, Tickets
+from latentindigo.web_guard import QUEUE_FULL, Guard, NotYoursError, Tickets
 
 UPLOAD_BYTES = 1000
 MINE, OTHER, SHARED = "/folder/mine.png", "/folder/other.png", "/folder/example.png"
@@ -33,7 +33,7 @@ def tickets() -> Tickets:
 def test_an_upload_can_be_used_again_and_again_by_its_session_only(tickets: Tickets) -> None:
     for _ in range(3):
         tickets.check(MINE, "a")
-    with pytest.raises(NotYours, match="upload the photo again"):
+    with pytest.raises(NotYoursError, match="upload the photo again"):
         tickets.check(MINE, "b")
 
 
@@ -41,7 +41,7 @@ def test_two_sessions_that_upload_the_same_file_both_own_it(tickets: Tickets) ->
     tickets.issue(MINE)
     for session in ("a", "b", "a"):
         tickets.check(MINE, session)
-    with pytest.raises(NotYours):
+    with pytest.raises(NotYoursError):
         tickets.check(MINE, "c")
 
 
@@ -67,20 +67,25 @@ def test_examples_are_everybody_s(tickets: Tickets) -> None:
     ids=str,
 )
 def test_what_was_not_handed_out_cannot_be_named(tickets: Tickets, value: Any) -> None:
-    with pytest.raises(NotYours):
+    with pytest.raises(NotYoursError):
         tickets.check_all([2, value, "x"], "a")
 
 
 def test_of_a_file_only_path_and_name_are_left(tickets: Tickets) -> None:
     sent = file_of(MINE, url="http://169.254.169.254/", orig_name="cat.png", is_stream=True, size=3)
-    assert tickets.check_all([sent, 4.0, "vivid", None], "a") == [file_of(MINE, orig_name="cat.png"), 4.0, "vivid", None]
+    assert tickets.check_all([sent, 4.0, "vivid", None], "a") == [
+        file_of(MINE, orig_name="cat.png"),
+        4.0,
+        "vivid",
+        None,
+    ]
 
 
 def test_tickets_do_not_grow_without_end() -> None:
     tickets = Tickets()
     for number in range(10_050):
         tickets.issue(f"/folder/{number}")
-    with pytest.raises(NotYours):
+    with pytest.raises(NotYoursError):
         tickets.check("/folder/0", "a")
     tickets.check("/folder/10049", "a")
 

@@ -22,7 +22,7 @@ from latentindigo.jobs import MAP_GAIN, RestoreSettings, restore_file
 from latentindigo.pipeline import RestorationPipeline
 from latentindigo.planning import Task
 from latentindigo.web import PageSettings, make_studio
-from latentindigo.web_jobs import Cancelled, Finished, Limits, Refused, Step, Studio, TemporaryFolder
+from latentindigo.web_jobs import Finished, Limits, RefusedError, Step, StoppedError, Studio, TemporaryFolder
 
 SMALL = RestoreSettings(scale=2, steps=2)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -124,7 +124,10 @@ def test_maps_on_the_page_are_those_in_the_files(studio: Studio) -> None:
     assert len(finished.shown_details) == 2
     assert finished.uncertainty is not None
     assert finished.shown_uncertainty is not None
-    for file, shown in ((finished.detail_maps[0], finished.shown_details[0]), (finished.uncertainty, finished.shown_uncertainty)):
+    for file, shown in (
+        (finished.detail_maps[0], finished.shown_details[0]),
+        (finished.uncertainty, finished.shown_uncertainty),
+    ):
         record = read_metadata(file)
         assert record is not None
         assert record["gain"] == MAP_GAIN
@@ -144,7 +147,9 @@ def test_the_photo_is_shown_as_the_result_was_cut(studio: Studio) -> None:
     assert float(shown.rgb[0].mean()) < 0.1
 
 
-@pytest.mark.parametrize("name", ["../../etc/pass wd.png", "..\\..\\x.png", "/etc/cron.d/x", "", "<img onerror=x>.png", "ä" * 300])
+@pytest.mark.parametrize(
+    "name", ["../../etc/pass wd.png", "..\\..\\x.png", "/etc/cron.d/x", "", "<img onerror=x>.png", "ä" * 300]
+)
 def test_a_name_leads_nowhere(studio: Studio, name: str) -> None:
     finished = studio.restore(encoded("PNG"), name, SMALL)
     for path in finished.downloads:
@@ -183,7 +188,7 @@ def bomb() -> bytes:
 def test_what_does_not_fit_is_refused_in_one_sentence(
     studio: Studio, data: bytes, settings: RestoreSettings, sentence: str
 ) -> None:
-    with pytest.raises(Refused, match=sentence) as refusal:
+    with pytest.raises(RefusedError, match=sentence) as refusal:
         studio.restore(data, "../holiday.png", settings)
     assert "\n" not in str(refusal.value)
     assert str(studio.folder.path) not in str(refusal.value)
@@ -195,7 +200,7 @@ def test_a_page_without_a_photo_says_so(studio: Studio) -> None:
         async for _ in studio.follow(None, "", SMALL):
             pass
 
-    with pytest.raises(Refused, match="no photo yet"):
+    with pytest.raises(RefusedError, match="no photo yet"):
         asyncio.run(follow())
 
 
@@ -231,7 +236,7 @@ def test_stopping_ends_the_computation_at_the_next_step(studio: Studio) -> None:
         if step.done == 2:
             stop.set()
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(StoppedError):
         studio.restore(encoded("PNG"), "a.png", RestoreSettings(scale=2, steps=50), "", stop, on_step)
     assert seen == [1, 2]
     assert left(studio) == []

@@ -1,12 +1,8 @@
-"""The page in a real Chromium: upload, restore, compare, download, cancel, bad files, keyboard, telephone.
-
-`python tests/web/test_browser.py` renews the picture of the page in `docs/images`.
-"""
+"""The page in a real Chromium: upload, restore, compare, download, cancel, bad files, keyboard, telephone."""
 
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ from web_page import Page, photo, until
 
 pytestmark = pytest.mark.web
 
-ROOT = Path(__file__).parents[2]
 TELEPHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 
@@ -84,7 +79,9 @@ def test_upload_restore_compare_download(tab: Any, tmp_path: Path) -> None:
     tab.locator("#status").get_by_text("Done in").wait_for(timeout=60_000)
     # Both pictures are there; the keyboard moves the line, and with it what is seen.
     frame = tab.locator(".li-frame")
-    widths = frame.evaluate("f => Promise.all([...f.querySelectorAll('img')].map(i => i.decode().then(() => i.naturalWidth)))")
+    widths = frame.evaluate(
+        "f => Promise.all([...f.querySelectorAll('img')].map(i => i.decode().then(() => i.naturalWidth)))"
+    )
     assert widths == [96, 48]
     slider = frame.get_by_role("slider")
     slider.focus()
@@ -285,24 +282,3 @@ def test_a_request_to_another_host_is_found(page: Page) -> None:
     check_hosts([page.url, "data:image/png;base64,"], page.url)
     with pytest.raises(AssertionError, match="googleapis"):
         check_hosts([page.url, "https://fonts.googleapis.com/css2"], page.url)
-
-
-def take_picture(target: Path) -> None:
-    """Restore an example and take a picture of the page."""
-    import web_page
-
-    with web_page.running() as (browser, url):
-        tab = browser.new_page(viewport={"width": 1180, "height": 860})
-        tab.goto(url)
-        tab.get_by_role("button", name="Coffee").click()
-        restore(tab)
-        tab.locator(".li-frame img").first.evaluate("image => image.decode()")
-        tab.mouse.move(5, 5)
-        tab.evaluate("document.activeElement.blur()")
-        tab.wait_for_timeout(500)
-        shot = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
-        shot.convert("RGB").quantize(255, dither=Image.Dither.NONE).save(target, optimize=True)
-
-
-if __name__ == "__main__":
-    take_picture(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images" / "app.png")

@@ -107,7 +107,7 @@ def test_the_client_is_told_what_is_wrong(
         client.predict(photo=handle_file(tmp_path / "cat.png"), **settings, api_name="/restore")
 
 
-# ------------------------------------------------------------------------------------------------- clients that mean harm
+# ----------------------------------------------------------------------------------------------- clients that mean harm
 
 
 def test_no_path_of_a_client_is_opened(page: Page) -> None:
@@ -208,7 +208,7 @@ def test_a_password_is_asked_for(start_page: Starter, tmp_path: Path) -> None:
 
 
 def test_an_open_door_is_warned_of(start_page: Starter) -> None:
-    page = start_page("--host", "0.0.0.0")
+    page = start_page("--host", "0.0.0.0")  # noqa: S104
     assert page.said.count("warning:") == 1
     assert "--auth asks for a password" in page.said
     page.stop()
