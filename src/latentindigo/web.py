@@ -365,7 +365,11 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
     with gr.Row(elem_id="examples"):
         for name, path in examples.items():
             # The page fills its own field: no call to the server, and no path but this one.
-            value = {"path": str(path), "url": f"gradio_api/file={path.as_posix()}", "orig_name": path.name}
+            value: dict[str, Any] = {
+                "path": str(path),
+                "url": f"gradio_api/file={path.as_posix()}",
+                "orig_name": path.name,
+            }
             value["meta"] = {"_type": "gradio.FileData"}
             button = gr.Button(name.capitalize(), size="sm", min_width=60)
             button.click(fn=None, js=f"() => ({json.dumps(value)})", outputs=photo)

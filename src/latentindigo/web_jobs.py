@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,7 +254,7 @@ class Studio:
 
     async def follow(
         self, data: bytes | None, name: str, settings: RestoreSettings, form: str = "", session: str = ""
-    ) -> AsyncIterator[Step | Finished]:
+    ) -> AsyncGenerator[Step | Finished, None]:
         """Restore in a thread and tell of every step; leaving the loop, or being cancelled, stops the computation.
 
         Args:

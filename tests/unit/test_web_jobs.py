@@ -178,7 +178,7 @@ def bomb() -> bytes:
         (bytes(300_000), SMALL, "0.286 MB, and this page takes at most 0.191 MB"),
         (bomb(), SMALL, "megapixels|more pixels than"),
         (encoded("JPEG", size=(400, 300)), SMALL, "has 0.12 megapixels, and this page takes at most 0.1"),
-        (encoded("PNG"), RestoreSettings(scale=16), "320 x 256 pixels, and this page makes"),
+        (encoded("PNG", size=(30, 30)), RestoreSettings(scale=16), "480 x 480 pixels, and this page makes"),
         (encoded("PNG"), RestoreSettings(scale=8, num_samples=5), "in 5 samples, and this page makes"),
         (encoded("PNG"), RestoreSettings(size=(4000, 4000), crop=True), "5000 x 4000 pixels"),
         (encoded("PNG"), RestoreSettings(prompt="a cat"), "takes no text"),
@@ -242,28 +242,30 @@ def test_stopping_ends_the_computation_at_the_next_step(studio: Studio) -> None:
     assert left(studio) == []
 
 
-def check_that_leaving_stops(studio: Studio, leave: Any) -> None:
+def check_that_leaving_stops(studio: Studio, leave: Any, steps: int = 400) -> None:
     """Raise AssertionError if denoiser steps go on after the one who asked has left."""
     count = 0
-    original = studio._preview  # pyright: ignore[reportPrivateUsage]
+    original = studio._preview
 
     def counted(z0: Any, size: tuple[int, int]) -> Any:
         nonlocal count
         count += 1
         return original(z0, size)
 
-    studio._preview = counted  # pyright: ignore[reportPrivateUsage]
+    studio._preview = counted
+
+    settings = RestoreSettings(scale=2, steps=steps, strength=0.9)
 
     async def visit() -> None:
-        steps = studio.follow(encoded("PNG"), "a.png", RestoreSettings(scale=2, steps=400, strength=0.9))
-        await leave(steps)
+        told = studio.follow(encoded("PNG"), "a.png", settings)
+        await leave(told)
 
     asyncio.run(visit())
     time.sleep(0.1)
     reached = count
     time.sleep(0.3)
     assert count == reached, "the restoration went on"
-    assert 0 < reached < 400
+    assert 0 < reached < steps
 
 
 async def close_after_two(steps: Any) -> None:
@@ -294,10 +296,10 @@ def test_whoever_leaves_stops_the_computation(studio: Studio, leave: Any) -> Non
 
 
 def test_a_computation_that_goes_on_is_found(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = studio.restore
+    restore: Any = studio.restore
     monkeypatch.setattr(studio, "restore", lambda *a: restore(*a[:4], None, a[5]))  # Deaf to `stop`.
     with pytest.raises(AssertionError, match="went on"):
-        check_that_leaving_stops(studio, close_after_two)
+        check_that_leaving_stops(studio, close_after_two, steps=120)
 
 
 def test_two_visitors_at_once_get_what_each_would_get_alone(studio: Studio) -> None:
