@@ -1,6 +1,7 @@
 # Everything runs inside .venv; only Python >= 3.11 (with venv), make and a package index are needed.
 #   make demo     restore the example photos, offline, and print where the pictures are
 #   make test     run the tests
+#   make test-web run the tests of the web page in a real Chromium; installs one where it can
 # Variables: PYTHON (the interpreter that builds .venv), PIP_ARGS (e.g. another index), TESTARGS (passed to pytest).
 
 PYTHON   ?= python3
@@ -13,7 +14,7 @@ TESTARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup demo test lint types imports check clean
+.PHONY: setup demo test test-web browser lint types imports check clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,18 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTARGS)
 
+# Playwright drives the system's own Chromium, so no browser is downloaded past the package manager.
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+	    echo "The tests of the web page need Chromium; install it, for instance: sudo apt-get install chromium" >&2; exit 1; \
+	fi
+
+test-web: setup browser
+	$(BIN)/python -m pytest -m web tests/web $(TESTARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +53,7 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-check: test lint types imports
+check: test test-web lint types imports
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

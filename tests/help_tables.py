@@ -17,7 +17,7 @@ __all__ = ["END", "START", "tables"]
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 START = "<!-- options: made by tests/help_tables.py -->"
 END = "<!-- end of options -->"
-PANELS = (None, "Input", "Quality", "Speed", "Output")
+PANELS = (None, "Input", "Quality", "Speed", "Output", "Server", "Limits")
 
 
 def tables(app: typer.Typer) -> str:

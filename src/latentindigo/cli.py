@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from latentindigo import __version__
+from latentindigo.cli_app import web_app
 from latentindigo.cli_batch import batch
 from latentindigo.cli_benchmark import benchmark
 from latentindigo.cli_options import (
@@ -443,6 +444,18 @@ app.command(
         "latentindigo benchmark photos/ -o results/ --add my_method.py",
     ),
 )(benchmark)
+
+
+app.command(
+    name="app",
+    help="Serve a web page on this computer that restores photos.\n\nNothing is sent anywhere: no statistics, no "
+    "fonts, no files. Photos are deleted after --keep minutes and when the page ends.",
+    epilog=examples(
+        "latentindigo app --open",
+        "latentindigo app --port 8000 --max-pixels 8 --queue 5",
+        "latentindigo app --host 0.0.0.0 --auth-file users.txt --concurrency 2 --device cuda",
+    ),
+)(web_app)
 
 
 @app.command(

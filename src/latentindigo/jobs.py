@@ -46,6 +46,7 @@ __all__ = [
     "restore_file",
     "restore_files",
     "restore_picture",
+    "say_failure",
 ]
 
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
@@ -473,7 +474,7 @@ def restore_picture(
     settings: RestoreSettings,
     *,
     detail_maps: bool = False,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> Restoration:
     """Call the pipeline on one picture.
 
@@ -482,7 +483,8 @@ def restore_picture(
         picture: The picture.
         settings: How to restore.
         detail_maps: Whether to make maps of invented detail; the pixels do not depend on it.
-        on_step: Called after every denoiser step with the number of steps done.
+        on_step: Called after every denoiser step with the number of steps done and the sampler's tensors, "latents"
+            and "z0", each (num_samples, c, h, w). What it raises ends the restoration.
 
     Returns:
         The pipeline's output, tensors.
@@ -493,7 +495,7 @@ def restore_picture(
 
     def after_step(_pipe: Any, step_index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
-            on_step(step_index + 1)
+            on_step(step_index + 1, values)
         return values
 
     return pipe(
@@ -569,7 +571,11 @@ def _restore(
     on_step: Callable[[int], None] | None,
     started: float,
 ) -> Outcome:
-    result = restore_picture(pipe, picture, settings, detail_maps=bool(task.detail_maps), on_step=on_step)
+    def after_step(done: int, _tensors: dict[str, Any]) -> None:
+        if on_step is not None:
+            on_step(done)
+
+    result = restore_picture(pipe, picture, settings, detail_maps=bool(task.detail_maps), on_step=after_step)
     written: list[Path] = []
     try:
         for folder in {path.parent for path in task.files}:
@@ -592,7 +598,6 @@ def _restore(
         input_size=picture.size,
         output_size=(width, height),
         settings=result.settings,
-        model_hash=model_hash,
     )
 
 
@@ -639,12 +644,23 @@ def failure_kind(error: BaseException) -> str:
     return "model" if isinstance(error, ModelLoadError) else "input"
 
 
-def _failed(task: Task, error: BaseException, started: float) -> Outcome:
-    kind = failure_kind(error)
+def say_failure(error: BaseException) -> str:
+    """Say in one line why a picture failed, for the person who wanted it.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        One sentence.
+    """
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = f"'{error.filename}' {error.strerror}" if error.filename else explain(error)
-    if kind == "memory":
+    if failure_kind(error) == "memory":
         message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
-    message = printable(message).rstrip(".") + "."
-    return Outcome(task, "failed", error=message, kind=kind, seconds=time.perf_counter() - started)
+    return printable(message).rstrip(".") + "."
+
+
+def _failed(task: Task, error: BaseException, started: float) -> Outcome:
+    kind = failure_kind(error)
+    return Outcome(task, "failed", error=say_failure(error), kind=kind, seconds=time.perf_counter() - started)
