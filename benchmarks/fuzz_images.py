@@ -262,7 +262,7 @@ def library_versions() -> dict[str, str | None]:
     from PIL import __version__, features
 
     found = {"pillow": __version__}
-    for name in ("jpg", "zlib", "libtiff", "webp", "avif", "jpg_2000"):
+    for name in ("libjpeg_turbo", "zlib", "libtiff", "webp", "avif", "jpg_2000"):
         found[name] = features.version(name)
     try:
         import pillow_heif
