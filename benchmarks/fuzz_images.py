@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import math
 import os
@@ -173,14 +174,18 @@ class Worker:
             return json.loads(line)
         process.kill()
         code = process.wait()
-        self.process = None
+        self.close()
         return {"hang": True} if not ready else {"code": code}
 
     def close(self) -> None:
         """End the process."""
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
+        if self.process is not None:
+            for stream in (self.process.stdin, self.process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # what was written to a dead process cannot be flushed
+                        stream.close()
             self.process.wait()
+            self.process = None
 
 
 def make_seeds(folder: Path, photos: int) -> list[tuple[str, bytes]]:
@@ -262,7 +267,7 @@ def library_versions() -> dict[str, str | None]:
     from PIL import __version__, features
 
     found = {"pillow": __version__}
-    for name in ("jpg", "zlib", "libtiff", "webp", "avif", "jpg_2000"):
+    for name in ("libjpeg_turbo", "zlib", "libtiff", "webp", "avif", "jpg_2000"):
         found[name] = features.version(name)
     try:
         import pillow_heif

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile
 
-from latentindigo import opening
+from latentindigo import images, opening
 from latentindigo.images import ImageReadError, LoadedImage, list_images, load_image, read_metadata, save_image
 from latentindigo.safe_files import printable
 
@@ -302,6 +302,33 @@ def test_a_small_fuzz_run(inputs: types.ModuleType, seeds: list[tuple[str, bytes
         except Exception as error:
             raise AssertionError(f"input {index}, {form}, {kind}") from error
     assert min(outcomes.values()) > 30, outcomes
+
+
+DYING = """
+import json, os, sys, time
+for line in sys.stdin:
+    number = int(line)
+    if number == 1:
+        os.abort()
+    if number == 2:
+        time.sleep(60)
+    print(json.dumps({"input": number}), flush=True)
+"""
+
+
+def test_the_fuzz_run_sees_what_dies_and_what_hangs(
+    inputs: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzz = importlib.import_module("fuzz_images")
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    worker = fuzz.Worker([sys.executable, "-c", DYING])
+    answers = [worker.ask(number) for number in (0, 1, 0, 2, 0)]
+    worker.close()
+    assert answers == [{"input": 0}, {"code": -6}, {"input": 0}, {"hang": True}, {"input": 0}]
+    monkeypatch.setattr(opening, "_identify", lambda *_: 1 // 0)
+    monkeypatch.setattr(images, "DECODE_ERRORS", (OSError,))
+    with pytest.raises(ZeroDivisionError):  # which the worker reports as a crash
+        fuzz.try_input(png(), 0, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- files, or not
