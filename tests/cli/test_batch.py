@@ -104,7 +104,8 @@ def test_what_libraries_print_is_no_result(
     from latentindigo import batch
 
     real = batch.restore_picture
-    monkeypatch.setattr(batch, "restore_picture", lambda *given, **named: (print("noise"), real(*given, **named))[1])
+    noisy = lambda *given, **named: (sys.stdout.write("noise\n"), real(*given, **named))[1]  # noqa: E731
+    monkeypatch.setattr(batch, "restore_picture", noisy)
     result = run("batch", album, tmp_path / "out", "--model", tiny_model, *QUICK)
     assert sorted(result.stdout.splitlines()) == list(results(tmp_path / "out"))
     assert result.stderr.count("noise") == 5

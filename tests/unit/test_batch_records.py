@@ -44,6 +44,7 @@ def out(tmp_path: Path) -> LocalFolder:
 
 def test_a_record_comes_back(out: LocalFolder) -> None:
     record = read_record(out, "a.png")
+    assert record is not None
     assert record == row_of()
     assert is_current(record, "i", "s", ["a.png"], out)
     assert is_current(record, "i", "s", ["a.png"], out, verify=False)
