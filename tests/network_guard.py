@@ -68,7 +68,7 @@ def refused(folder: Path) -> list[str]:
 
 
 @contextmanager
-def watch(process: int, seconds: float = 0.02) -> Iterator[set[str]]:
+def watch(process: int, seconds: float = 0.1) -> Iterator[set[str]]:
     """Collect connections beyond the loopback interface of a process and its descendants, in any language.
 
     Args:

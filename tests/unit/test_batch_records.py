@@ -87,7 +87,11 @@ def test_names_of_records_fit_and_differ() -> None:
     assert all(len(os.fsencode(name.rpartition("/")[2])) <= 255 for name in long)
 
 
-def test_the_hash_of_settings_does_not_depend_on_their_order() -> None:
+def test_the_hash_of_settings_does_not_depend_on_how_they_are_written() -> None:
+    assert canonical_hash({"scale": 2, "guidance": {"zeta": (1, 2.0)}}) == canonical_hash(
+        {"guidance": {"zeta": [1.0, 2]}, "scale": 2.0}
+    )
+    assert canonical_hash({"scale": 2.5}) != canonical_hash({"scale": 2})
     assert canonical_hash({"a": 1, "b": [1, None]}) == canonical_hash({"b": [1, None], "a": 1})
     assert canonical_hash({"a": 1}) != canonical_hash({"a": 2})
 
