@@ -109,7 +109,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("workplace")
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "training.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "docs" / "training.md", ROOT / "docs" / "batch.md"], ids=lambda page: page.name
+)
 def test_commands_are_accepted(page: Path) -> None:
     assert check_commands(page.read_text(encoding="utf-8")) >= 5
 
