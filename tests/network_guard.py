@@ -6,15 +6,20 @@
 
 Python runs a `sitecustomize` module at its start. The one that is written here replaces the calls that connect, send
 and look names up. Whatever would leave this machine is refused, as without a network, and noted in a file. Libraries
-that open sockets in C, past Python, are not seen.
+that open sockets in C, past Python, are not seen by it; `watch` looks at the kernel's table of their sockets.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["NetworkGuard"]
+__all__ = ["NetworkGuard", "watch"]
 
 _SITE = r"""
 import ipaddress, os, socket
@@ -105,3 +110,79 @@ class NetworkGuard:
     def attempts(self) -> list[str]:
         """What was tried, in order: the call and where it wanted to go."""
         return self._notes.read_text(encoding="utf-8").splitlines() if self._notes.exists() else []
+
+
+@contextmanager
+def watch(process: int, seconds: float = 0.1) -> Iterator[set[str]]:
+    """Collect connections beyond the loopback interface of a process and its descendants, in any language.
+
+    Args:
+        process: Its number.
+        seconds: Between two looks.
+
+    Yields:
+        A set that grows: "address:port (program)".
+    """
+    found: set[str] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(seconds):
+            found.update(_foreign(process))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _foreign(process: int) -> Iterator[str]:
+    peers = {inode: peer for name in ("tcp", "tcp6") for inode, peer in _peers(Path("/proc/net", name))}
+    for number in _family(process) if peers else ():
+        try:
+            links = [os.readlink(f"/proc/{number}/fd/{entry}") for entry in os.listdir(f"/proc/{number}/fd")]
+            program = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:60]
+        except OSError:
+            continue
+        yield from (f"{peers[link]} ({program})" for link in links if link in peers)
+
+
+def _peers(table: Path) -> Iterator[tuple[str, str]]:
+    """Sockets with a peer elsewhere (established, or asking to be), as the kernel lists them."""
+    try:
+        lines = table.read_text().splitlines()[1:]
+    except OSError:
+        return
+    for line in lines:
+        fields = line.split()
+        address, port = fields[2].split(":")
+        host = _host(address)
+        if fields[3] in ("01", "02") and not host.startswith("127."):
+            yield f"socket:[{fields[9]}]", f"{host}:{int(port, 16)}"
+
+
+def _host(address: str) -> str:
+    words = struct.unpack(f"<{len(address) // 8}I", bytes.fromhex(address)[::1]) if address else ()
+    data = b"".join(struct.pack(">I", word) for word in words)
+    if len(data) == 4:
+        return socket.inet_ntoa(data)
+    if data[:12] == b"\0" * 10 + b"\xff\xff":
+        return socket.inet_ntoa(data[12:])
+    text = socket.inet_ntop(socket.AF_INET6, data)
+    return "127.0.0.1" if text == "::1" else text
+
+
+def _family(process: int) -> set[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+    family = {process}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family

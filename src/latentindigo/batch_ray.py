@@ -42,6 +42,7 @@ _TASKS_OF_A_SIZE = 64
 _LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_register_timeout_seconds": "600",  # On a busy machine a process takes more than the usual minute.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 # Ray's dashboard process asks for the cloud's metadata even where no usage is reported. A proxy that is not there (the

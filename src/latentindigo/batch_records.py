@@ -105,7 +105,7 @@ def sha256(data: bytes) -> str:
 
 
 def canonical_hash(values: Mapping[str, Any]) -> str:
-    """Hash of plain values that does not depend on the order of their names.
+    """Hash of plain values that depends neither on the order of their names nor on whether 2 is written as 2.0.
 
     Args:
         values: JSON-serialisable values.
@@ -113,7 +113,15 @@ def canonical_hash(values: Mapping[str, Any]) -> str:
     Returns:
         SHA-256 as hexadecimal text.
     """
-    return sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    return sha256(json.dumps(_even(values), sort_keys=True, separators=(",", ":")).encode())
+
+
+def _even(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _even(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_even(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # ------------------------------------------------------------------------------------------------------------ records

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -235,6 +237,9 @@ def batch(
             threads=threads,
         )
         with ExitStack() as stack:
+            results = sys.stdout
+            # What libraries print (Ray does when a worker dies) must not stand among the results.
+            stack.enter_context(redirect_stdout(sys.stderr))
             if engine == "ray":
                 from latentindigo.batch_ray import RayEngine
 
@@ -245,7 +250,7 @@ def batch(
 
                 set_threads(threads)
                 chosen = local_engine(Worker(job, lambda: load_pipeline(**job.model)))
-            failed = _run(console, job, chosen, manifest, as_json)
+            failed = _run(console, job, chosen, manifest, partial(_report, console, results, as_json))
     if any(kind in ("memory", "disk") for kind in failed.values()):
         raise typer.Exit(ExitCode.RESOURCES)
     if failed:
@@ -269,8 +274,10 @@ def _stoppable(console: Console) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _run(console: Console, job: BatchJob, engine: Any, manifest: str | None, as_json: bool) -> dict[str, str]:
-    """Restore with a count on stderr; print each result as soon as it is there; return what failed, and its kind."""
+def _run(
+    console: Console, job: BatchJob, engine: Any, manifest: str | None, report: Callable[[Row, bool], None]
+) -> dict[str, str]:
+    """Restore with a count on stderr; report each row as soon as it is there; return what failed, and its kind."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from latentindigo.batch import run_batch
@@ -296,7 +303,7 @@ def _run(console: Console, job: BatchJob, engine: Any, manifest: str | None, as_
                 counts[row["status"]] += 1
             bar.update(shown, description=f"{_sum(counts, failed)}: {_shown(row['input'])}")
             bar.stop()  # Or the lines would be written into the bar where both are one terminal.
-            _report(console, row, as_json, again is not None)
+            report(row, again is not None)
             bar.start()
     console.print(_sum(counts, failed), markup=False)
     return failed
@@ -306,16 +313,16 @@ def _sum(counts: Counter[str], failed: dict[str, str]) -> str:
     return f"{counts['restored']} restored, {counts['kept']} kept, {len(failed)} failed"
 
 
-def _report(console: Console, row: Row, as_json: bool, again: bool) -> None:
+def _report(console: Console, results: TextIO, as_json: bool, row: Row, again: bool) -> None:
     if row["status"] == "failed":
         console.print("failed again:" if again else "failed:", style="bold red", end=" ")
         console.print(f"{_shown(row['input'])}: {_shown(row['error'])}", markup=False)
     with suppress(BrokenPipeError):  # Whoever read the list has seen enough; the job goes on.
         if as_json:
-            typer.echo(json.dumps(row))
+            typer.echo(json.dumps(row), file=results)
         elif row["status"] == "restored":
             for name in row["outputs"]:
-                typer.echo(os.fsencode(name))
+                typer.echo(os.fsencode(name), file=results)
 
 
 def _shown(text: str) -> str:

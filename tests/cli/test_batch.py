@@ -98,6 +98,19 @@ def test_a_manifest_by_name(album: Path, tmp_path: Path, tiny_model: Path) -> No
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
 
 
+def test_what_libraries_print_is_no_result(
+    album: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentindigo import batch
+
+    real = batch.restore_picture
+    noisy = lambda *given, **named: (sys.stdout.write("noise\n"), real(*given, **named))[1]  # noqa: E731
+    monkeypatch.setattr(batch, "restore_picture", noisy)
+    result = run("batch", album, tmp_path / "out", "--model", tiny_model, *QUICK)
+    assert sorted(result.stdout.splitlines()) == list(results(tmp_path / "out"))
+    assert result.stderr.count("noise") == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -183,7 +196,17 @@ main()
 
 def test_a_stop_is_orderly(album: Path, tmp_path: Path, tiny_model: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["batch", str(album), str(out), "--model", str(tiny_model), "--no-quality", "--threads", "1", *QUICK]
+    arguments = [
+        "batch",
+        str(album),
+        str(out),
+        "--model",
+        str(tiny_model),
+        "--no-quality",
+        "--dtype",
+        "float32",
+        *QUICK,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])}
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],

@@ -44,6 +44,7 @@ def out(tmp_path: Path) -> LocalFolder:
 
 def test_a_record_comes_back(out: LocalFolder) -> None:
     record = read_record(out, "a.png")
+    assert record is not None
     assert record == row_of()
     assert is_current(record, "i", "s", ["a.png"], out)
     assert is_current(record, "i", "s", ["a.png"], out, verify=False)
@@ -86,7 +87,11 @@ def test_names_of_records_fit_and_differ() -> None:
     assert all(len(os.fsencode(name.rpartition("/")[2])) <= 255 for name in long)
 
 
-def test_the_hash_of_settings_does_not_depend_on_their_order() -> None:
+def test_the_hash_of_settings_does_not_depend_on_how_they_are_written() -> None:
+    assert canonical_hash({"scale": 2, "guidance": {"zeta": (1, 2.0)}}) == canonical_hash(
+        {"guidance": {"zeta": [1.0, 2]}, "scale": 2.0}
+    )
+    assert canonical_hash({"scale": 2.5}) != canonical_hash({"scale": 2})
     assert canonical_hash({"a": 1, "b": [1, None]}) == canonical_hash({"b": [1, None], "a": 1})
     assert canonical_hash({"a": 1}) != canonical_hash({"a": 2})
 
