@@ -294,14 +294,14 @@ def test_a_small_fuzz_run(inputs: types.ModuleType, seeds: list[tuple[str, bytes
     """Some hundred damaged files; the long run is benchmarks/fuzz_images.py."""
     fuzz = importlib.import_module("fuzz_images")
     outcomes: dict[str, int] = {"loaded": 0, "refused": 0}
-    for index in range(300):
+    for index in range(200):
         form, kind, data = inputs.mutated(seeds, 7, index)
         assert inputs.mutated(seeds, 7, index)[2] == data, "inputs depend on their number alone"
         try:
             outcomes[fuzz.try_input(data, index, tmp_path, 2**16)["outcome"]] += 1
         except Exception as error:
             raise AssertionError(f"input {index}, {form}, {kind}") from error
-    assert min(outcomes.values()) > 30, outcomes
+    assert min(outcomes.values()) > 20, outcomes
 
 
 DYING = """
