@@ -41,7 +41,7 @@ browser:
 	fi
 
 test-web: setup browser
-	$(BIN)/python -m pytest -m web tests/web $(TESTARGS)
+	$(BIN)/python -m pytest -m web tests/web --numprocesses 2 --dist loadfile $(TESTARGS)
 
 lint: setup
 	$(BIN)/ruff check .
