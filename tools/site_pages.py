@@ -116,7 +116,7 @@ def rewrite_links(markdown: str, source: str, page: str, known: dict[str, str]) 
 
     def change(match: re.Match[str]) -> str:
         image, text, target = match.groups()
-        if re.match(r"[a-z][a-z0-9+.-]*:|/", target):
+        if re.match(r"[a-z][a-z0-9+.-]*:|[/#]", target):
             return match[0]
         link = site_link(source, target, known)
         if link is not None:
