@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,36 @@ def test_the_page_on_methods_can_be_followed(workplace: Path) -> None:
 def test_python_blocks_are_python(page: Path) -> None:
     for code in blocks(page.read_text(encoding="utf-8"), "python"):
         compile(code, str(page), "exec")
+
+
+# ------------------------------------------------------------------------------------------------ targets and extras
+
+
+def check_targets(text: str, makefile: str) -> int:
+    """Raise AssertionError if a page names a target that make does not know; return the number of targets it names."""
+    known = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", "\n".join(line.split(" #")[0] for line in text.splitlines()), re.M))
+    assert named <= known, f"make does not know {sorted(named - known)}"
+    return len(named)
+
+
+def test_make_knows_the_targets_of_the_pages() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {page: check_targets(page.read_text(encoding="utf-8"), makefile) for page in PAGES}
+    assert named[README] >= 3
+    assert named[ROOT / "CONTRIBUTING.md"] >= 3
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"for target in (.+); do", script)
+    assert check_targets("".join(f"make {target}\n" for target in targets.split()), makefile) >= 6
+    with pytest.raises(AssertionError, match="tset"):
+        check_targets("`make tset`", makefile)
+
+
+def test_the_quick_start_names_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+`) \|", page, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall("`([^`]+)`", row)) == sorted(extras)
 
 
 # ------------------------------------------------------------------------------------------- citation and changelog
