@@ -98,6 +98,12 @@ def test_lists_are_lists_on_the_site(page: Path) -> None:
     assert not GLUED.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL))
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")))
+def test_code_in_lists_is_indented_by_four(page: Path) -> None:
+    """With less, Python-Markdown ends the list there, and the next item is number 1 again."""
+    assert not re.findall(r"^ {1,3}(?:```|~~~)", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_a_list_that_is_none_is_found() -> None:
     assert GLUED.findall("Three things:\n- one\n- two\n")
     assert not GLUED.findall("Three things:\n\n- one\n  goes on\n- two\n\n1. first\n2. second\n")
