@@ -47,6 +47,7 @@ check: test lint types imports
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 	$(BIN)/python tools/check_site.py site
+	$(BIN)/python -m pytest --quiet -m slow tests/unit/test_site.py
 
 package: setup
 	rm -rf dist
