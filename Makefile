@@ -2,6 +2,8 @@
 #   make demo     restore the example photos, offline, and print where the pictures are
 #   make test     run the tests
 #   make test-web run the tests of the web page in a real Chromium; installs one where it can
+#   make docs     build the documentation site into site/, strictly, and check it
+#   make package  build sdist and wheel into dist/, install both into a clean environment, and restore with them
 # Variables: PYTHON (the interpreter that builds .venv), PIP_ARGS (e.g. another index), TESTARGS (passed to pytest).
 
 PYTHON   ?= python3
@@ -14,7 +16,7 @@ TESTARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup demo test test-web browser lint types imports check clean
+.PHONY: setup demo test test-web browser lint types imports check docs package clean
 
 setup: $(STAMP)
 
@@ -55,6 +57,17 @@ imports: setup
 
 check: test test-web lint types imports
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
+	$(BIN)/python tools/check_site.py site
+	$(BIN)/python -m pytest --quiet -m slow tests/unit/test_site.py
+
+package: setup
+	rm -rf dist
+	PIP_QUIET=1 $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/check_package.py dist --install --pip '$(PIP_ARGS)'
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The tables of results in README.md, benchmarks/README.md and docs/formats.md, from committed result files.
+"""The tables of results in README.md, benchmarks/README.md and pages of docs/, from committed result files.
 
     python benchmarks/tables.py                # print them, from the newest file of each suite
     python benchmarks/tables.py --write        # put them into their pages
@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedded import bars_table
+
 from latentindigo.evaluation import paired_difference
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+LIMITS = HERE.parent / "docs" / "limits.md"
 RESULTS = HERE / "results"
 PRESETS = ("faithful", "default", "vivid")
 METHODS = {"LatentINN": "latent-inn", "PixelINN": "pixel-inn"}
@@ -242,6 +245,7 @@ def _interval(found: dict[str, Any] | None, digits: int = 2) -> str:
 
 SPEED = ("guidance", "pixel", "every", "rrdbnet", "sizes", "overhead", "startup", "dtypes", "seams", "tiles")
 SPEED_SUITES = (*(f"speed-{name}" for name in SPEED), "gpu-priors", "speed-profile-before", "speed-profile")
+MISSED = ("embedded", *(f"speed-{name}" for name in SPEED), "gpu-priors")
 
 
 def speed(results: Sequence[dict[str, Any]]) -> str:
@@ -274,6 +278,39 @@ def speed(results: Sequence[dict[str, Any]]) -> str:
 def _machine(found: dict[str, Any]) -> str:
     machine = found["machine"]
     return str(machine.get("accelerator") or machine.get("gpu") or "CPU, one thread")
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def missed(results: Sequence[dict[str, Any]]) -> str:
+    """Every bar that was missed, of quality first, then of speed and memory."""
+    quality, *suites = results
+    rows = [line.strip("| ").split(" | ") for line in bars_table(quality["summary"]).splitlines()[2:]]
+    rows = [[*row[:3], "50 photographs"] for row in rows if row[3] == "**no**"]
+    rows += [
+        [what, bar["bar"], f"{bar['measured']:.4g}", _machine(found)]
+        for found in suites
+        for what, bar in found["settings"]["bars"].items()
+        if bar["met"] is False
+    ]
+    return _table(["What", "Wanted", "Measured", "On"], rows)
+
+
+def costs(results: Sequence[dict[str, Any]]) -> str:
+    """Seconds and memory of a `default` restoration by size of the result."""
+    summary = results[0]["summary"]
+    processes = {e["variant"]: e["peak_mb"]["mean"] for e in summary if "peak_mb" in e}
+    sizes = {e["variant"]: e for e in summary if "seconds" in e}
+    rows = [
+        [
+            name.replace(" x ", " × "),
+            f"{sizes[name]['seconds']['mean']:.1f}" if name in sizes else "–",
+            f"{processes[name]:.0f}" if name in processes else "–",
+        ]
+        for name in dict.fromkeys([*sizes, *processes])
+    ]
+    return _table(["Result, pixels", "Seconds", "Memory of the whole process, MB"], rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -322,10 +359,12 @@ def fuzz(results: Sequence[dict[str, Any]]) -> str:
 # Name of the place -> page, suites, and what makes the text of their results.
 PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]]], str]]] = {
     "results": (README, ("embedded",), lambda results: tables(results[0]["summary"])),
-    "comparison": (README, CONTESTS, comparison),
+    "comparison": (HERE / "README.md", CONTESTS, comparison),
     "ablations": (HERE / "README.md", ABLATIONS, ablations),
     "speed": (HERE / "README.md", SPEED_SUITES, speed),
     "fuzz": (HERE.parent / "docs" / "formats.md", ("fuzz-images",), fuzz),
+    "missed": (LIMITS, MISSED, missed),
+    "costs": (LIMITS, ("speed-sizes",), costs),
 }
 
 

@@ -5,6 +5,7 @@ network starts at the quality of the best *linear* latent of its size (8x8 RGB p
 of the gradient energy on test photographs) instead of at noise, and training only has to add what is not linear.
 
 Notation (names as in `docs/paper_map.md`):
+
     E, D            encoder and decoder of the latent diffusion model
     z = E(x)        (B, c, H/f, W/f), f = `patch_size`, c = `latent_channels`
     V (c, 3*f*f)    principal directions of the patches, s their standard deviations

@@ -7,6 +7,7 @@ stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -87,7 +88,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; requests to the hub carry no counts of its users, unless the user says otherwise."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # The hub's client reads it when it is imported.
     app()
 
 

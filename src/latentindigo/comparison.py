@@ -66,8 +66,8 @@ __all__ = [
     "unreferenced_pairs",
 ]
 
-# Per-image measures beside those of `evaluation.METRICS`.
 COMPARED = ("ms_ssim", "gmsd", "niqe", "consistency")
+"""Per-image measures beside those of `evaluation.METRICS`."""
 _SWD_SIDE = 25
 
 

@@ -164,6 +164,7 @@ STANDARD: Mapping[str, StandardDegradation] = MappingProxyType(
         )
     }
 )
+"""The named degradations, which tests, benchmark and command line share."""
 
 
 def _per_image(generators: Generators, count: int) -> Sequence[torch.Generator]:

@@ -50,7 +50,9 @@ __all__ = [
 
 SCHEMA = 1
 METRICS = ("psnr", "ssim", "gradient_energy", "swd")
+"""Measures of every result file."""
 CALLS = tuple(f.name for f in dataclasses.fields(Calls))
+"""Names of the counted network calls."""
 # Keys and texts that would name a machine, a user, or a place on a disk; searched in the JSON text.
 _PRIVATE = r'"(host|hostname|node|user)":|"(/|~/|[A-Za-z]:\\\\)[^"]*"|/(home|Users)/[^"]*'
 

@@ -23,6 +23,7 @@ __all__ = ["SCHEDULERS", "SchedulerKind", "make_scheduler"]
 
 SchedulerKind = Literal["model", "ddim", "dpm++", "unipc", "euler", "lcm"]
 SCHEDULERS: tuple[SchedulerKind, ...] = ("model", "ddim", "dpm++", "unipc", "euler", "lcm")
+"""Names of schedulers; "model" is the one that was saved."""
 
 _SECOND_ORDER: dict[str, Any] = {"solver_order": 2, "final_sigmas_type": "zero"}
 _DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {

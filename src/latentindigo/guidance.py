@@ -628,6 +628,7 @@ REGULARISERS: dict[str, type[Regulariser]] = {
     "renoise": Renoise,
     "trust": TrustRegion,
 }
+"""Regularisers by name."""
 
 
 def make_regulariser(config: GuidanceConfig, prior: LatentPrior) -> Regulariser:

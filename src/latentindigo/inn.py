@@ -1,6 +1,6 @@
 """The saved networks around the lifting equations: INN, degradation encoder, stage-one estimate.
 
-All three are ordinary diffusers models (``save_pretrained``, ``from_pretrained``, safetensors) and small. They compute
+All three are ordinary diffusers models (`save_pretrained`, `from_pretrained`, safetensors) and small. They compute
 in the dtype of their weights, or of autocast, while the sums that carry the image stay in the dtype of the input.
 """
 
@@ -34,7 +34,8 @@ from latentindigo.traces import TRACES, traces
 
 __all__ = ["VIEWS", "DegradationEncoder", "DegradationEstimate", "Estimator", "InvertibleNet"]
 
-VIEWS = 8  # Of an image: transposed or not, flipped along either axis or not.
+VIEWS = 8
+"""Views of an image: transposed or not, flipped along either axis or not."""
 
 # The strongest degradations seen in training; they bring the three outputs of the degradation head to one scale.
 _BLUR_UNIT = 3.2
@@ -65,7 +66,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
             pixels in [0, 1], 0 for latents. It keeps the networks' inputs centred; it changes no band of a wavelet.
         mix: Give every decimated level a learned linear map of its bands, for latents.
         gain: Give the coarse part a gain per channel that depends on gamma, for latents.
-        spread: Also learn how far the latent of an estimate lies from the true one, see :meth:`spread`.
+        spread: Also learn how far the latent of an estimate lies from the true one, see `spread`.
     """
 
     _supports_gradient_checkpointing = True
@@ -106,7 +107,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
             levels: Number of levels J; the coarse part is 2^J times smaller, 0 keeps the size.
 
         Returns:
-            ``x_c`` (B, C, H/2^J, W/2^J) in the range of ``x``, and ``x_d``, a tuple of details, finest first.
+            `x_c` (B, C, H/2^J, W/2^J) in the range of `x`, and `x_d`, a tuple of details, finest first.
 
         Raises:
             ValueError: If the channels, the size or gamma do not fit.
@@ -120,16 +121,16 @@ class InvertibleNet(ModelMixin, ConfigMixin):
         """Split an image that is soon put together again with another coarse part.
 
         Args:
-            x: As for :meth:`forward`.
+            x: As for `forward`.
             gamma: Degradation embedding.
             levels: Number of levels J.
 
         Returns:
-            ``x_c`` and ``x_d`` as from :meth:`forward`, and the last lifting step's U(d; gamma) of each level, finest
-            first: :meth:`inverse` with the same details need not compute them once more.
+            `x_c` and `x_d` as from `forward`, and the last lifting step's U(d; gamma) of each level, finest
+            first: `inverse` with the same details need not compute them once more.
 
         Raises:
-            ValueError: As :meth:`forward`.
+            ValueError: As `forward`.
         """
         updates: list[Tensor] = []
         x_c, x_d = self._lifted(x, gamma, levels, updates)
@@ -158,10 +159,10 @@ class InvertibleNet(ModelMixin, ConfigMixin):
 
         Args:
             x_c: Coarse part (B, C, h, w), for instance the degraded image itself.
-            x_d: Details as :meth:`forward` returns them.
+            x_d: Details as `forward` returns them.
             gamma: The same degradation embedding.
             levels: The same number of levels.
-            updates: From :meth:`split`, if it was called: an eighth of the work of both directions is spared (K = 2).
+            updates: From `split`, if it was called: an eighth of the work of both directions is spared (K = 2).
 
         Returns:
             Image (B, C, h * 2^J, w * 2^J).
@@ -217,7 +218,7 @@ class InvertibleNet(ModelMixin, ConfigMixin):
 
     @property
     def has_spread(self) -> bool:
-        """Whether :meth:`spread` can be called."""
+        """Whether `spread` can be called."""
         return self.detail_spread is not None
 
     @entry
@@ -353,7 +354,7 @@ class DegradationEncoder(ModelMixin, ConfigMixin):
         """Read the strength of blur, noise and compression off an embedding.
 
         Args:
-            gamma: Degradation embedding (B, d) from :meth:`forward`.
+            gamma: Degradation embedding (B, d) from `forward`.
 
         Returns:
             Blur, noise and JPEG strength, each (B,) and never negative.
@@ -459,7 +460,7 @@ class Estimator(ModelMixin, ConfigMixin):
             Estimate (B, 3, h * 2^levels, w * 2^levels), not clamped.
 
         Raises:
-            ValueError: If ``levels`` is not 0, 1 or 2, or the channels or gamma do not fit.
+            ValueError: If `levels` is not 0, 1 or 2, or the channels or gamma do not fit.
         """
         _check_rgb(y)
         if levels not in _ESTIMATOR_LEVELS:

@@ -49,6 +49,7 @@ LEARNED_METRICS = {
     "maniqa": MetricFacts(lower_is_better=False, compares="single"),
     "clipiqa": MetricFacts(lower_is_better=False, compares="single"),
 }
+"""Metrics of pyiqa by name, with what each compares."""
 
 
 class LearnedMetricMissingError(ImportError):

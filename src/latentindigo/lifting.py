@@ -6,13 +6,13 @@ part that the step leaves alone.
 
 Scaling. The Haar split in use has DC gain 1: its coarse part is the mean of each 2x2 block, so it stays in the range of
 the image and can be compared with a degraded image. All four bands carry the same factor, 1/2 of the orthonormal ones:
-multiplying ``c`` and ``d`` of one level by 2 gives the orthonormal Haar transform, which keeps energy.
+multiplying `c` and `d` of one level by 2 gives the orthonormal Haar transform, which keeps energy.
 
 Two kinds of split share the same lifting steps:
 
 * decimated (levels >= 1): J levels halve the size J times; the transform is a bijection.
-* undecimated (levels = 0): the four bands keep the size of the image. Redundant, so ``unlift(lift(x)) = x`` holds and
-  ``lift(unlift(c, d)) = (c, d)`` does not.
+* undecimated (levels = 0): the four bands keep the size of the image. Redundant, so `unlift(lift(x)) = x` holds and
+  `lift(unlift(c, d)) = (c, d)` does not.
 
 Two optional parts complete the scheme where the channels are the coefficients of a latent and not colours: a *band mix*
 before the lifting steps of each decimated level, and a *coarse gain* after all levels (the scaling step that closes a
@@ -61,17 +61,15 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def lazy_split(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h2 w2"], Float[Tensor, "b c3 h2 w2"]]:
     """Split an image into its four polyphase parts (*lazy wavelet*).
 
-    ========  =====================================================================
-    ``x``     image, x[2i+p, 2j+q]
-    ``c``     part (p, q) = (0, 0)
-    ``d``     parts (0, 1), (1, 0), (1, 1), one after another along the channels
-    ========  =====================================================================
+        x     image, x[2i+p, 2j+q]
+        c     part (p, q) = (0, 0)
+        d     parts (0, 1), (1, 0), (1, 1), one after another along the channels
 
     Args:
         x: Image or latent (B, C, H, W) with even H and W, any range.
 
     Returns:
-        ``c`` (B, C, H/2, W/2) and ``d`` (B, 3C, H/2, W/2).
+        `c` (B, C, H/2, W/2) and `d` (B, 3C, H/2, W/2).
 
     Raises:
         ValueError: If H or W is odd.
@@ -88,7 +86,7 @@ def lazy_split(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h2 w2"],
 
 
 def lazy_merge(c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]) -> Float[Tensor, "b c h2 w2"]:
-    """Interleave the four polyphase parts again: the inverse of :func:`lazy_split`.
+    """Interleave the four polyphase parts again: the inverse of `lazy_split`.
 
     Args:
         c: Part (0, 0), (B, C, h, w).
@@ -112,13 +110,11 @@ def haar_lift(
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
     """Turn polyphase parts into Haar bands with DC gain 1 (*fixed Haar lifting step*).
 
-    ==============  ==========================================================
-    ``c``           x00 on entry; the block mean (x00 + x01 + x10 + x11) / 4 on return
-    ``d``           x01, x10, x11 on entry; on return
-    ``d[0:C]``      horizontal difference (x00 - x01 + x10 - x11) / 4
-    ``d[C:2C]``     vertical difference (x00 + x01 - x10 - x11) / 4
-    ``d[2C:3C]``    diagonal difference (x00 - x01 - x10 + x11) / 4
-    ==============  ==========================================================
+        c           x00 on entry; the block mean (x00 + x01 + x10 + x11) / 4 on return
+        d           x01, x10, x11 on entry; on return
+        d[0:C]      horizontal difference (x00 - x01 + x10 - x11) / 4
+        d[C:2C]     vertical difference (x00 + x01 - x10 - x11) / 4
+        d[2C:3C]    diagonal difference (x00 - x01 - x10 + x11) / 4
 
     Twice these bands are the orthonormal Haar transform: 4 (|c|^2 + |d|^2) = |x|^2.
 
@@ -146,7 +142,7 @@ def haar_lift(
 def haar_unlift(
     c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
-    """Turn Haar bands back into polyphase parts: the inverse of :func:`haar_lift`.
+    """Turn Haar bands back into polyphase parts: the inverse of `haar_lift`.
 
     Args:
         c: Coarse band (B, C, h, w).
@@ -168,12 +164,10 @@ def haar_unlift(
 def undecimated_split(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
     """Split an image into four bands of its own size (*undecimated Haar*, zero phase).
 
-    ==========  =====================================================================================
-    ``L``       [1, 2, 1] / 4, the Haar low-pass correlated with itself, along x or along y
-    ``H``       I - L = [-1, 2, -1] / 4
-    ``c``       L_x L_y x
-    ``d``       H_x L_y x, L_x H_y x, H_x H_y x: the order and the scale of :func:`haar_lift`'s bands
-    ==========  =====================================================================================
+        L       [1, 2, 1] / 4, the Haar low-pass correlated with itself, along x or along y
+        H       I - L = [-1, 2, -1] / 4
+        c       L_x L_y x
+        d       H_x L_y x, L_x H_y x, H_x H_y x: the order and the scale of haar_lift's bands
 
     A plain two-tap Haar filter would shift the coarse part by half a pixel against the degraded image; its
     autocorrelation is symmetric and does not. Borders are replicated.
@@ -182,7 +176,7 @@ def undecimated_split(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h
         x: Image or latent (B, C, H, W) of any size and range.
 
     Returns:
-        ``c`` (B, C, H, W) and ``d`` (B, 3C, H, W); the four bands add up to ``x``.
+        `c` (B, C, H, W) and `d` (B, 3C, H, W); the four bands add up to `x`.
     """
     low_x = _smooth(x, dim=-1)
     high_x = x - low_x
@@ -192,7 +186,7 @@ def undecimated_split(x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h
 
 
 def undecimated_merge(c: Float[Tensor, "b c h w"], d: Float[Tensor, "b c3 h w"]) -> Float[Tensor, "b c h w"]:
-    """Add the four undecimated bands up: a left inverse of :func:`undecimated_split`.
+    """Add the four undecimated bands up: a left inverse of `undecimated_split`.
 
     Args:
         c: Coarse band (B, C, H, W).
@@ -240,7 +234,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, padding_mode: 
         padding_mode: "replicate", or "zeros", which costs a third less time and lets a network see where borders are.
 
     Returns:
-        A convolution that keeps the size (divided by ``stride``, rounded up).
+        A convolution that keeps the size (divided by `stride`, rounded up).
     """
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, padding_mode=padding_mode)
     # He's initialisation keeps the size of features from layer to layer. PyTorch's default shrinks them by 2.4 per
@@ -258,7 +252,7 @@ class ConditionedBlocks(nn.Module):
         width: Channels.
         blocks: Number of residual blocks, at least 1.
         gamma_dim: Length d of the degradation embedding.
-        padding_mode: See :func:`conv3x3`.
+        padding_mode: See `conv3x3`.
     """
 
     def __init__(self, width: int, blocks: int, gamma_dim: int, padding_mode: Padding = "replicate") -> None:
@@ -352,10 +346,8 @@ class ConditionedConvNet(nn.Module):
 class LiftingStep(nn.Module):
     """One learned lifting step (*predict* and *update*), invertible for any P and U.
 
-    ==================  ====================================
-    ``predict``         P(c; gamma): details from the coarse part
-    ``update``          U(d; gamma): coarse part from the details
-    ==================  ====================================
+        predict         P(c; gamma): details from the coarse part
+        update          U(d; gamma): coarse part from the details
 
     Args:
         channels: Channels C of the image; the details have 3C.
@@ -378,7 +370,7 @@ class LiftingStep(nn.Module):
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
         """Apply d <- d - P(c; gamma), then c <- c + U(d; gamma).
 
-        The sums keep the dtype of ``c`` and ``d`` even under autocast: in bfloat16 they could not be undone.
+        The sums keep the dtype of `c` and `d` even under autocast: in bfloat16 they could not be undone.
 
         Args:
             c: Coarse part (B, C, h, w).
@@ -387,7 +379,7 @@ class LiftingStep(nn.Module):
             updates: Takes in U(d; gamma), if given.
 
         Returns:
-            The new ``c`` and ``d``.
+            The new `c` and `d`.
         """
         d = d - self.predict(c, gamma).to(d.dtype)
         update = self.update(d, gamma).to(c.dtype)
@@ -402,7 +394,7 @@ class LiftingStep(nn.Module):
         gamma: Float[Tensor, "#b g"],
         update: Float[Tensor, "b c h w"] | None = None,
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c3 h w"]]:
-        """Undo :meth:`forward`: c <- c - U(d; gamma), then d <- d + P(c; gamma).
+        """Undo `forward`: c <- c - U(d; gamma), then d <- d + P(c; gamma).
 
         Args:
             c: Coarse part (B, C, h, w).
@@ -411,7 +403,7 @@ class LiftingStep(nn.Module):
             update: U(d; gamma), if it is known already.
 
         Returns:
-            The ``c`` and ``d`` before the step.
+            The `c` and `d` before the step.
         """
         c = c - (self.update(d, gamma).to(c.dtype) if update is None else update)
         d = d + self.predict(c, gamma).to(d.dtype)
@@ -436,15 +428,13 @@ def _with_weights(method: Method) -> Method:
 
 
 class BandMix(nn.Module):
-    """A learned invertible linear map of the 4C bands at each position, ``[c, d] <- M [c, d]`` *(ours)*.
+    """A learned invertible linear map of the 4C bands at each position, `[c, d] <- M [c, d]` *(ours)*.
 
     Channel k of a coarse latent is not the mean of channel k of the fine one: a patch of the small image holds four
     patches of the large one, so that its coefficients mix all channels of all bands. One matrix says that nearly
     exactly, and lifting steps alone would need many to say it. It starts as the identity.
 
-    ==================  ====================================
-    ``matrix``          M (4C, 4C), of full rank
-    ==================  ====================================
+        matrix          M (4C, 4C), of full rank
 
     Args:
         channels: Channels C of the latent; the details have 3C.
@@ -465,7 +455,7 @@ class BandMix(nn.Module):
             d: Details (B, 3C, h, w).
 
         Returns:
-            The new ``c`` and ``d``.
+            The new `c` and `d`.
         """
         return self._multiply(self.matrix, c, d)
 
@@ -480,7 +470,7 @@ class BandMix(nn.Module):
             d: Details (B, 3C, h, w).
 
         Returns:
-            The ``c`` and ``d`` before :meth:`forward`.
+            The `c` and `d` before `forward`.
         """
         if torch.is_grad_enabled() and self.matrix.requires_grad:
             return self._multiply(_inverted(self.matrix, c), c, d)
@@ -511,10 +501,10 @@ def _inverted(matrix: Tensor, like: Tensor) -> Tensor:
 
 
 class CoarseGain(nn.Module):
-    """A gain on each channel of the coarse part, ``c <- c exp(a(gamma))`` *(ours; scaling step of a lifting scheme)*.
+    """A gain on each channel of the coarse part, `c <- c exp(a(gamma))` *(ours; scaling step of a lifting scheme)*.
 
     Blur weakens the fine coefficients of y's latent and leaves the others: a gain for each channel that depends on the
-    damage. |a| stays below ``limit``, so that the inverse amplifies noise at most by exp(limit). It starts at 1.
+    damage. |a| stays below `limit`, so that the inverse amplifies noise at most by exp(limit). It starts at 1.
 
     Args:
         channels: Channels C of the latent.
@@ -538,7 +528,7 @@ class CoarseGain(nn.Module):
             gamma: Degradation embedding (B, d), or (1, d) for the whole batch.
 
         Returns:
-            The new ``c``.
+            The new `c`.
         """
         return c * self._log_gain(c, gamma).exp()
 
@@ -550,7 +540,7 @@ class CoarseGain(nn.Module):
             gamma: The same degradation embedding.
 
         Returns:
-            The ``c`` before :meth:`forward`.
+            The `c` before `forward`.
         """
         return c * (-self._log_gain(c, gamma)).exp()
 
@@ -575,14 +565,12 @@ def lift(
 ) -> tuple[Float[Tensor, "b c hc wc"], tuple[Tensor, ...]]:
     """Transform an image into coarse part and details (*the invertible network*, g).
 
-    ===========  ==========================================================
-    ``x``        image x (or latent z_0)
-    ``x_c``      coarse part, simulates the degraded image
-    ``x_d``      details, what the degradation lost
-    ``gamma``    degradation embedding
-    ``levels``   J; the coarse part is 2^J times smaller than x
-    ``steps``    the K lifting steps, shared by all levels
-    ===========  ==========================================================
+        x        image x (or latent z_0)
+        x_c      coarse part, simulates the degraded image
+        x_d      details, what the degradation lost
+        gamma    degradation embedding
+        levels   J; the coarse part is 2^J times smaller than x
+        steps    the K lifting steps, shared by all levels
 
     Args:
         x: Image or latent (B, C, H, W); H and W multiples of 2**levels.
@@ -594,14 +582,14 @@ def lift(
         mix: Band mix of every decimated level; the undecimated split, whose bands overlap, has none.
         gain: Gain on the final coarse part.
         updates: Takes in U_K(d; gamma) of each level, finest first, if given. It depends on details alone, so that
-            :func:`unlift` with the same details and whatever coarse part need not compute it again.
+            `unlift` with the same details and whatever coarse part need not compute it again.
 
     Returns:
-        ``x_c`` (B, C, H/2^J, W/2^J) and ``x_d``, a tuple from the finest level to the coarsest with J tensors
-        (B, 3C, H/2^j, W/2^j), j = 1..J. For ``levels=0`` it holds one tensor (B, 3C, H, W).
+        `x_c` (B, C, H/2^J, W/2^J) and `x_d`, a tuple from the finest level to the coarsest with J tensors
+        (B, 3C, H/2^j, W/2^j), j = 1..J. For `levels=0` it holds one tensor (B, 3C, H, W).
 
     Raises:
-        ValueError: If ``levels`` is negative or H or W is not a multiple of 2**levels.
+        ValueError: If `levels` is negative or H or W is not a multiple of 2**levels.
     """
     _check_levels(levels)
     height, width = x.shape[-2:]
@@ -651,20 +639,20 @@ def unlift(
 
     Args:
         x_c: Coarse part (B, C, h, w).
-        x_d: Details as :func:`lift` returns them, finest level first.
-        steps: The same lifting steps, in the same order, as given to :func:`lift`.
+        x_d: Details as `lift` returns them, finest level first.
+        steps: The same lifting steps, in the same order, as given to `lift`.
         gamma: The same degradation embedding.
         levels: Number of levels J >= 0; 0 is the undecimated split.
-        haar: As given to :func:`lift`.
-        mix: As given to :func:`lift`.
-        gain: As given to :func:`lift`.
-        updates: As :func:`lift` filled it, if it did.
+        haar: As given to `lift`.
+        mix: As given to `lift`.
+        gain: As given to `lift`.
+        updates: As `lift` filled it, if it did.
 
     Returns:
         Image (B, C, h * 2^J, w * 2^J).
 
     Raises:
-        ValueError: If ``levels`` is negative, or number or shape of the details do not fit.
+        ValueError: If `levels` is negative, or number or shape of the details do not fit.
     """
     _check_levels(levels)
     if len(x_d) != max(levels, 1):

@@ -19,7 +19,9 @@ __all__ = ["INITS", "METHODS", "PRESETS", "Preset", "blend_presets", "load_prese
 Method = Literal["latent-inn", "pixel-inn", "unguided"]
 Init = Literal["estimator", "encode", "inverse", "noise"]
 METHODS: tuple[Method, ...] = ("latent-inn", "pixel-inn", "unguided")
+"""Ways to compare with the measurement: in latents, in pixels, not at all."""
 INITS: tuple[Init, ...] = ("estimator", "encode", "inverse", "noise")
+"""What sampling can start from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ PRESETS: dict[str, Preset] = {
         steps=8, strength=0.65, spread=1.0, texture=1.45, chroma=0.25, coarse=0.25, same_size=0.6, ensemble=4
     ),
 }
+"""Presets of models that bring none of their own."""
 
 
 def load_presets(folder: Path) -> dict[str, Preset]:

@@ -37,6 +37,7 @@ from latentindigo.objectives import OBJECTIVES, Objective
 __all__ = ["PARTS", "TrainConfig", "load_recipe", "train"]
 
 PARTS = tuple(OBJECTIVES)
+"""Parts of a model that can be trained."""
 
 
 # What a recipe may write for a field of each type; 1 is welcome as 1.0.

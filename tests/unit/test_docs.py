@@ -7,12 +7,14 @@ import runpy
 import shlex
 import shutil
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+import yaml
 from PIL import Image
 
 import latentindigo
@@ -27,7 +29,8 @@ from latentindigo.roster import load_method
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CARD = EMBEDDED / "README.md"
-PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, CARD, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+PAGES += [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 METHOD_BLOCK = re.compile(r"^ *```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -110,7 +113,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize(
-    "page", [README, ROOT / "docs" / "training.md", ROOT / "docs" / "batch.md"], ids=lambda page: page.name
+    "page",
+    [README, ROOT / "docs" / "quick-start.md", ROOT / "docs" / "training.md", ROOT / "docs" / "batch.md"],
+    ids=lambda page: page.name,
 )
 def test_commands_are_accepted(page: Path) -> None:
     assert check_commands(page.read_text(encoding="utf-8")) >= 5
@@ -147,6 +152,16 @@ def test_python_examples_of_the_readme_run(workplace: Path, monkeypatch: pytest.
     assert [image.tobytes() for image in several.images] == [image.tobytes() for image in again.images]
     assert len({image.tobytes() for image in several.images}) == 4
     assert names["large"].images[0].size == (2 * WIDTH, 2 * HEIGHT)
+
+
+def test_the_first_program_of_the_quick_start_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RestorationPipeline, "from_pretrained", lambda *args, **kwargs: tiny.tiny_pipeline())
+    page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    (program,) = blocks(page, "python")
+    (workplace / "first.py").write_text(program, encoding="utf-8")
+    runpy.run_path(str(workplace / "first.py"))
+    with Image.open("before.png") as before, Image.open("after.png") as after:
+        assert after.size == (2 * before.width, 2 * before.height)
 
 
 def test_the_training_page_puts_a_model_together(workplace: Path) -> None:
@@ -189,6 +204,104 @@ def test_the_page_on_methods_can_be_followed(workplace: Path) -> None:
 def test_python_blocks_are_python(page: Path) -> None:
     for code in blocks(page.read_text(encoding="utf-8"), "python"):
         compile(code, str(page), "exec")
+
+
+# ------------------------------------------------------------------------------------------------ targets and extras
+
+
+def check_targets(text: str, makefile: str) -> int:
+    """Raise AssertionError if a page names a target that make does not know; return the number of targets it names."""
+    known = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", "\n".join(line.split(" #")[0] for line in text.splitlines()), re.M))
+    assert named <= known, f"make does not know {sorted(named - known)}"
+    return len(named)
+
+
+def test_make_knows_the_targets_of_the_pages() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {page: check_targets(page.read_text(encoding="utf-8"), makefile) for page in PAGES}
+    assert named[README] >= 3
+    assert named[ROOT / "CONTRIBUTING.md"] >= 3
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"for target in (.+); do", script)
+    assert check_targets("".join(f"make {target}\n" for target in targets.split()), makefile) >= 6
+    with pytest.raises(AssertionError, match="tset"):
+        check_targets("`make tset`", makefile)
+
+
+def test_the_quick_start_names_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+`) \|", page, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall("`([^`]+)`", row)) == sorted(extras)
+
+
+# ------------------------------------------------------------------------------------------- citation and changelog
+
+
+CFF_KEYS = {"cff-version", "message", "title", "abstract", "type", "version", "license", "authors", "keywords"}
+REFERENCE_KEYS = {"type", "title", "authors", "journal", "volume", "year", "doi", "url", "notes"}
+
+
+def check_citation(citation: dict[str, Any], credits: str) -> None:
+    """Raise AssertionError unless a CITATION.cff has the shape of version 1.2.0, and names only what credits name."""
+    assert citation["cff-version"] == "1.2.0"
+    assert set(citation) <= CFF_KEYS | {"references"}, f"unknown keys: {sorted(set(citation) - CFF_KEYS)}"
+    assert {"message", "title", "authors"} <= set(citation)
+    assert citation["type"] in ("software", "dataset")
+    assert citation["version"] == latentindigo.__version__, "CITATION.cff is of another version"
+    for work in (citation, *citation["references"]):
+        assert work["authors"], f"no authors: {work['title']}"
+        for author in work["authors"]:
+            assert set(author) in ({"name"}, {"family-names", "given-names"}), f"no name of an author: {author}"
+    for reference in citation["references"]:
+        assert set(reference) <= REFERENCE_KEYS, f"unknown keys: {sorted(set(reference) - REFERENCE_KEYS)}"
+        assert isinstance(reference["year"], int)
+        words = " ".join(credits.split())
+        known = [reference["title"], reference.get("doi"), reference.get("url")]
+        missing = [fact for fact in known if fact is not None and fact not in words]
+        assert not missing, f"docs/credits.md does not know {missing}"
+
+
+def check_changelog(text: str) -> None:
+    """Raise AssertionError unless a changelog has the headings of Keep a Changelog, and something unreleased."""
+    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]", f"the first heading is {versions[0]!r}"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}", version) for version in versions[1:]), versions
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}, kinds
+
+
+def citation() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_valid_and_true() -> None:
+    check_citation(citation(), (ROOT / "docs" / "credits.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "0.0.1"},
+        {"cff-version": "1.1.0"},
+        {"author": []},
+        {"authors": [{"family-name": "You"}]},
+        {"references": [{"title": "Another paper", "authors": [{"name": "N. N."}], "year": 2020, "type": "article"}]},
+    ],
+    ids=["version", "format", "key", "author", "paper"],
+)
+def test_a_wrong_citation_is_found(change: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        check_citation({**citation(), **change}, (ROOT / "docs" / "credits.md").read_text(encoding="utf-8"))
+
+
+def test_the_changelog_has_its_headings() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    check_changelog(text)
+    for stale in (text.replace("## [Unreleased]", "## 0.1"), text.replace("### Added", "### News")):
+        with pytest.raises(AssertionError):
+            check_changelog(stale)
 
 
 # ------------------------------------------------------------------------------------------------------ planted defects

@@ -347,7 +347,9 @@ def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, roo
     assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
 
 
-@pytest.mark.parametrize("place", ["results", "comparison", "ablations", "speed", "fuzz"])
+@pytest.mark.parametrize(
+    "place", ["results", "comparison", "ablations", "speed", "fuzz", "missed", "costs"]
+)
 def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     tables = importlib.import_module("tables")
@@ -360,6 +362,10 @@ def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.Monke
         next(iter(results[0]["settings"]["bars"].values()))["measured"] += 1
     elif place == "fuzz":
         results[0]["rows"][0]["outcomes"]["crash"] += 1
+    elif place == "missed":
+        next(bar for bar in results[-1]["settings"]["bars"].values() if bar["met"])["met"] = False
+    elif place == "costs":
+        results[0]["summary"][0]["seconds"]["mean"] += 1
     else:
         entry = next(e for e in results[0]["summary"] if e["protocol"] == "medium" and e["method"] != "bicubic")
         entry["psnr"]["mean"] += 1
