@@ -347,9 +347,7 @@ def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, roo
     assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
 
 
-@pytest.mark.parametrize(
-    "place", ["results", "comparison", "ablations", "speed", "fuzz", "missed", "costs"]
-)
+@pytest.mark.parametrize("place", ["results", "comparison", "ablations", "speed", "fuzz", "missed", "costs"])
 def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     tables = importlib.import_module("tables")
