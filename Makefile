@@ -1,6 +1,7 @@
 # Everything runs inside .venv; only Python >= 3.11 (with venv), make and a package index are needed.
 #   make demo     restore the example photos, offline, and print where the pictures are
 #   make test     run the tests
+#   make test-ray run the tests of folders on a real Ray cluster of this machine
 #   make test-web run the tests of the web page in a real Chromium; installs one where it can
 #   make docs     build the documentation site into site/, strictly, and check it
 #   make package  build sdist and wheel into dist/, install both into a clean environment, and restore with them
@@ -16,7 +17,7 @@ TESTARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup demo test test-web browser lint types imports check docs package clean
+.PHONY: setup demo test test-ray test-web browser lint types imports check docs package clean
 
 setup: $(STAMP)
 
@@ -42,6 +43,9 @@ browser:
 	    echo "The tests of the web page need Chromium; install it, for instance: sudo apt-get install chromium" >&2; exit 1; \
 	fi
 
+test-ray: setup
+	$(BIN)/python -m pytest -m ray tests/cli/test_batch_ray.py -n 0 $(TESTARGS)
+
 test-web: setup browser
 	$(BIN)/python -m pytest -m web tests/web --numprocesses 2 --dist loadfile $(TESTARGS)
 
@@ -55,7 +59,7 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-check: test test-web lint types imports
+check: test test-ray test-web lint types imports
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict

@@ -119,6 +119,7 @@ def ray_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     yield Run(album, out, process.returncode, rows, errors, guard.attempts(), foreign, left)
 
 
+@pytest.mark.ray
 def test_the_same_files_as_without(ray_run: Run, tmp_path: Path, tiny_model: Path) -> None:
     assert ray_run.code == 1, ray_run.errors
     job = job_of(ray_run.album, tmp_path / "local", tiny_model)
@@ -130,6 +131,7 @@ def test_the_same_files_as_without(ray_run: Run, tmp_path: Path, tiny_model: Pat
         assert {name: ours[name] for name in decided} == {name: theirs[name] for name in decided}
 
 
+@pytest.mark.ray
 def test_a_bad_photo_and_a_dead_worker_end_nothing(ray_run: Run) -> None:
     assert "killed" in ray_run.errors, "there was a worker to kill"
     failed = {row["input"]: row["kind"] for row in ray_run.rows if row["status"] == "failed"}
@@ -138,17 +140,20 @@ def test_a_bad_photo_and_a_dead_worker_end_nothing(ray_run: Run) -> None:
     assert not stray(ray_run.out)
 
 
+@pytest.mark.ray
 def test_the_other_engine_goes_on(ray_run: Run, tiny_model: Path) -> None:
     job = job_of(ray_run.album, ray_run.out, tiny_model)
     rows = list(run_batch(job, local_engine(Worker(job, lambda: load_pipeline(**job.model)))))
     assert {row["status"] for row in rows if row["input"] in NAMES} == {"kept"}
 
 
+@pytest.mark.ray
 def test_no_word_to_another_machine(ray_run: Run) -> None:
     assert not ray_run.refused
     assert not ray_run.foreign
 
 
+@pytest.mark.ray
 def test_nothing_stays_behind(ray_run: Run) -> None:
     assert not ray_run.left
     assert not (ray_run.out.parent / ".ray").exists()
