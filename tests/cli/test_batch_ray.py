@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def ray_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
             printed, errors = process.communicate(timeout=240)
     finally:
         process.kill()
-        left = processes_of(str(out))
+        deadline = time.monotonic() + 20  # Ray's own processes notice the end one after the other.
+        while (left := processes_of(str(out))) and time.monotonic() < deadline:
+            time.sleep(0.2)
         for number in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
@@ -177,9 +180,9 @@ def test_items_travel_as_text(tmp_path: Path) -> None:
 
 
 def test_tasks_are_small_at_first_and_grow() -> None:
-    sizes = [len(lines) for lines in _tasks(Item(str(k)) for k in range(70_000))]
+    sizes = [len(lines) for lines in _tasks(Item(str(k)) for k in range(40_000))]
     assert sizes[:64] == [1] * 64
-    assert sum(sizes) == 70_000
+    assert sum(sizes) == 40_000
     assert max(sizes) == 32
     assert len(sizes) < 5_000
 
