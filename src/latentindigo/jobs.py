@@ -598,6 +598,7 @@ def _restore(
         input_size=picture.size,
         output_size=(width, height),
         settings=result.settings,
+        model_hash=model_hash,
     )
 
 

@@ -83,7 +83,7 @@ def test_a_bad_photo_is_named_and_a_second_run_goes_on(album: Path, tmp_path: Pa
     for expected in ("5 restored, 0 kept, 1 failed", "0 restored, 5 kept, 1 failed"):
         result = run(*arguments)
         assert result.exit_code == ExitCode.SOME_FAILED
-        assert "failed: bad.png: 'bad.png' is damaged" in result.stderr
+        assert "failed: bad.png: 'bad.png' is no picture" in result.stderr
         assert expected in result.stderr
         assert len(result.stdout.splitlines()) == 6
     assert not stray(tmp_path / "out")
