@@ -23,6 +23,8 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "latentindigo"
 LIMIT_MB = 60
+# Folders that lie elsewhere in a checkout and move into the package.
+MOVED = {"latentindigo/recipes": "recipes", "latentindigo/photos": "examples/photos"}
 
 # Draws a picture, and reads the result that the command line made of it.
 _DRAW = """
@@ -57,11 +59,8 @@ def sdist_files(sdist: Path) -> set[str]:
 def expected_package() -> set[str]:
     """Files that an installed package must hold: modules, weights, and what is read beside them."""
     inside = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    recipes = [path for path in (ROOT / "recipes").iterdir() if path.is_file()]
-    return {
-        *(f"latentindigo/{path.relative_to(PACKAGE).as_posix()}" for path in inside),
-        *(f"latentindigo/recipes/{path.name}" for path in recipes),
-    }
+    moved = {f"{new}/{path.name}" for new, old in MOVED.items() for path in (ROOT / old).iterdir() if path.is_file()}
+    return moved | {f"latentindigo/{path.relative_to(PACKAGE).as_posix()}" for path in inside}
 
 
 def wrong_with_wheel(files: set[str], expected: set[str]) -> Iterator[str]:
@@ -93,8 +92,8 @@ def wrong_with_sdist(files: set[str], expected: set[str]) -> Iterator[str]:
     Yields:
         One line for each.
     """
-    package = {name.replace("latentindigo/recipes/", "recipes/") for name in expected}
-    needed = {name if name.startswith("recipes/") else f"src/{name}" for name in package}
+    homes = ((name, MOVED.get(PurePosixPath(name).parent.as_posix())) for name in expected)
+    needed = {f"src/{name}" if home is None else f"{home}/{PurePosixPath(name).name}" for name, home in homes}
     needed |= {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "constraints.txt", "pyproject.toml"}
     for name in sorted(needed - files):
         yield f"the sdist lacks {name}"

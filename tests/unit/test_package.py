@@ -35,6 +35,7 @@ def test_what_must_travel_is_expected(package: Any) -> None:
         "weights/embedded/denoiser/diffusion_pytorch_model-00002-of-00002.safetensors",
         "recipes/latent-inn-prior.toml",
         "recipes/tune.txt",
+        "photos/coffee.png",
     ):
         assert f"latentindigo/{name}" in expected
     assert not [name for name in expected if "__pycache__" in name]
@@ -50,11 +51,12 @@ def sdist_of(expected: set[str]) -> set[str]:
     """Files of an sdist without a fault."""
     parts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     named = {name for name in parts["sdist"]["only-include"] if (ROOT / name).is_file()}
-    inside = {name.removeprefix("latentindigo/recipes/") for name in expected if "/recipes/" in name}
-    package = {f"src/{name}" for name in expected if "/recipes/" not in name}
-    return named | {f"recipes/{name}" for name in inside} | package | {
-        *("LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore")
-    }  # fmt: skip
+    moved = {"latentindigo/recipes": "recipes", "latentindigo/photos": "examples/photos"}
+    inside = set()
+    for name in expected:
+        folder, _, file = name.rpartition("/")
+        inside.add(f"{moved[folder]}/{file}" if folder in moved else f"src/{name}")
+    return named | inside | {"LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
 
 
 def test_good_archives_pass(package: Any) -> None:
