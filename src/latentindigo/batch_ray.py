@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count, islice
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,7 +101,10 @@ class RayEngine:
     def _start(self, ray: Any) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.address is not None:
-            ray.init(address=self.address, **quiet)
+            try:
+                ray.init(address=self.address, **quiet)
+            except ConnectionError as error:
+                raise ValueError(f"address: no Ray cluster at '{self.address}' ({error})") from error
             return
         accelerators = _accelerators(self.job)
         # Short, for sockets in it have names of at most 107 bytes.
@@ -127,7 +131,8 @@ class RayEngine:
                 f"workers: the cluster has {cluster.get('CPU', 0):g} CPUs, and {self._workers} workers need one each; "
                 "ask for fewer"
             )
-        return {"num_cpus": 1, "num_gpus": min(1.0, accelerators / self._workers)}
+        # No actor lies on two accelerators, so each of these must be shared by a whole number.
+        return {"num_cpus": 1, "num_gpus": 1 / ceil(self._workers / accelerators) if accelerators else 0}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -233,7 +234,8 @@ class Journal:
                     return
             except OSError:
                 pass
-            self._stream.truncate(start)  # Whole lines only; the disk takes no more.
+            with suppress(OSError):
+                self._stream.truncate(start)  # Whole lines only; the disk takes no more.
             self.close()
         self._held.append(row)
 
@@ -301,6 +303,8 @@ def write_manifest(rows: Iterable[Row], path: Path) -> None:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []
         writer.write_table(pa.Table.from_pylist(group, schema))
+    with open(path, "rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 def require_manifest(name: str) -> None:

@@ -83,10 +83,32 @@ def test_a_bad_photo_is_named_and_a_second_run_goes_on(album: Path, tmp_path: Pa
     for expected in ("5 restored, 0 kept, 1 failed", "0 restored, 5 kept, 1 failed"):
         result = run(*arguments)
         assert result.exit_code == ExitCode.SOME_FAILED
-        assert "failed: bad.png: 'bad.png' is damaged" in result.stderr
+        assert "failed: bad.png: 'bad.png' is no picture" in result.stderr
         assert expected in result.stderr
         assert len(result.stdout.splitlines()) == 6
     assert not stray(tmp_path / "out")
+
+
+def test_a_name_cannot_command_the_terminal(album: Path, tmp_path: Path, tiny_model: Path) -> None:
+    (album / "x\x1b]0;owned\x07.png").write_bytes(b"no picture")
+    result = run("batch", album, tmp_path / "out", "--model", tiny_model, *QUICK)
+    assert "\x1b]0;" not in result.stderr
+    assert "failed: x\\x1b]0;owned\\x07.png" in result.stderr
+
+
+def test_a_reader_that_leaves_early_changes_no_exit_code(album: Path, tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "latentindigo", "batch", str(album), str(tmp_path / "out"), "--model"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])}
+    with subprocess.Popen(
+        [*command, str(tiny_model), *QUICK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert "5 restored" in errors
+    assert "BrokenPipe" not in errors
 
 
 def test_a_manifest_by_name(album: Path, tmp_path: Path, tiny_model: Path) -> None:
