@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,10 @@ def ray_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
             printed, errors = process.communicate(timeout=240)
     finally:
         process.kill()
-        left = processes_of(str(out))
+        # A process that has been told to end may take a moment on a busy machine.
+        deadline = time.monotonic() + 20
+        while (left := processes_of(str(out))) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for number in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
