@@ -42,6 +42,7 @@ from latentindigo.batch_records import (
     record_bytes,
     record_name,
     require_manifest,
+    scheduler_facts,
     sha256,
     write_manifest,
 )
@@ -335,11 +336,11 @@ class Worker:
                 given = self.job.model
                 foreign = given.get("prior") is not None and given.get("latent_inn") is None
                 settings = resolve_settings(self.job.settings, given.get("model", "embedded"), foreign=foreign)
-                initial = getattr(pipe, "init_model", None)
                 decides = {
                     "pixels": PIXELS,
                     "model": model_hash,
-                    "init_model": None if initial is None else initial.sha256,
+                    "scheduler": scheduler_facts(pipe),
+                    "init_model": getattr(getattr(pipe, "init_model", None), "sha256", None),
                     "settings": settings,
                 }
                 self._pipe = _Loaded(pipe, model_hash, canonical_hash(decides))
@@ -546,9 +547,9 @@ def run_batch(job: BatchJob, engine: Engine, *, manifest: str | None = None) -> 
 
     Raises:
         BusyError: Another job is at work on the output folder.
-        ValueError: There is no photo, or the manifest's name has an unknown ending.
+        ValueError: There is no photo, the output folder cannot be written to, or the manifest's name is of no use.
         ModelLoadError: The model cannot be loaded.
-        OSError: The output folder or the manifest cannot be written.
+        OSError: The disk is full, or the manifest cannot be written.
     """
     out = open_folder(job.out)
     target = manifest or f"{job.out}/manifest.jsonl"

@@ -32,6 +32,8 @@ from latentindigo.planning import Task
 
 __all__ = ["RayEngine"]
 
+# Arguments of `load_pipeline` that may be paths.
+_PLACES = ("model", "prior", "prior_config", "guidance_vae", "latent_inn", "init_model")
 _OBJECT_STORE = 100 * 2**20  # Bytes; names and rows only.
 # Photos to a task: one at first, so that few photos keep all actors at work, then more, so that a million photos do not
 # make a million tasks. An actor that dies repeats at most this many look-ups.
@@ -66,10 +68,9 @@ class RayEngine:
 
     def __init__(self, job: BatchJob, *, workers: int | None = None, address: str | None = None) -> None:
         # In another process a relative path would mean another file.
-        model = {
-            name: os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
-            for name, value in job.model.items()
-        }
+        places = {name: job.model.get(name) for name in _PLACES}
+        found = {name: place for name, place in places.items() if place not in (None, "embedded")}
+        model = job.model | {name: os.path.abspath(place) for name, place in found.items() if os.path.exists(place)}
         self.job = dataclasses.replace(job, model=model)
         self.address = address
         self._workers = workers

@@ -33,6 +33,7 @@ __all__ = [
     "record_bytes",
     "record_name",
     "require_manifest",
+    "scheduler_facts",
     "sha256",
     "write_manifest",
 ]
@@ -115,6 +116,22 @@ def canonical_hash(values: Mapping[str, Any]) -> str:
         SHA-256 as hexadecimal text.
     """
     return sha256(json.dumps(_even(values), sort_keys=True, separators=(",", ":")).encode())
+
+
+def scheduler_facts(pipe: Any) -> dict[str, Any] | None:
+    """What a pipeline's scheduler was saved with; it decides pixels and is no weight.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        Its class and configuration as plain values, or None if it has none.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return None
+    facts = json.loads(scheduler.to_json_string())
+    return {name: value for name, value in facts.items() if name == "_class_name" or not name.startswith("_")}
 
 
 def _even(value: Any) -> Any:

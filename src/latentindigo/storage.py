@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from latentindigo.opening import MAX_FILE_BYTES
+from latentindigo.safe_files import explain
 
 __all__ = [
     "KEPT",
@@ -108,6 +109,7 @@ class Folder(Protocol):
 
         Raises:
             BusyError: Another one does.
+            ValueError: The folder cannot be written to.
         """
         ...
 
@@ -122,8 +124,10 @@ def open_folder(location: str) -> Folder:
         The folder; it need not exist yet.
 
     Raises:
-        ValueError: The URL's kind is unknown, or the package for it is not installed.
+        ValueError: It is empty, the URL's kind is unknown, or the package for it is not installed.
     """
+    if not location:  # As of a shell's variable that is not set; it would mean the current folder.
+        raise ValueError("expected a folder, got an empty name; '.' is the current one")
     scheme, found, rest = location.partition("://")
     if not found:
         return LocalFolder(location)
@@ -235,8 +239,14 @@ class LocalFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """See `Folder.lock`; the lock is the kernel's, so that of a process that was killed is gone with it."""
-        os.makedirs(self._path(KEPT), exist_ok=True)
-        with open(self._path(_LOCK), "a+", encoding="utf-8") as holder:
+        try:
+            os.makedirs(self._path(KEPT), exist_ok=True)
+            opened = open(self._path(_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"'{self.location}' cannot be written to: {explain(error)}") from error
+        with opened as holder:
             if not _take(holder):
                 holder.seek(0)
                 raise BusyError(

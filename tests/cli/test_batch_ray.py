@@ -198,6 +198,16 @@ def test_shares_of_accelerators_can_be_placed(tmp_path: Path, workers: int, acce
     assert engine._divide({"CPU": 8, "GPU": accelerators}) == {"num_cpus": 1, "num_gpus": pytest.approx(share)}
 
 
+def test_only_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that happens to be called like a device is none."""
+    for name in ("cpu", "none", "embedded", "my-prior"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    loading = {"model": "embedded", "device": "cpu", "offload": "none", "prior": "my-prior", "latent_inn": None}
+    job = BatchJob(str(make_album(tmp_path / "in")), str(tmp_path / "out"), model=loading)
+    assert RayEngine(job).job.model == loading | {"prior": str(tmp_path / "my-prior")}
+
+
 def test_a_cluster_that_does_not_answer_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

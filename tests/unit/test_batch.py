@@ -114,6 +114,20 @@ def test_another_model_and_other_pixels_make_everything_anew(album: Path, monkey
     assert {status for _, status in told(run(job, Other()))} == {"restored"}
 
 
+def test_another_scheduler_of_the_model_makes_everything_anew(
+    album: Path, tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--scheduler model` is the same setting whatever the model was saved with."""
+    from diffusers import DDIMScheduler
+
+    job = job_of(album, quality=False, include=("a.png",))
+    run(job, tiny_pipeline)
+    assert told(run(job, tiny_pipeline)) == [("a.png", "kept")]
+    other = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, set_alpha_to_one=False, steps_offset=1)
+    monkeypatch.setattr(tiny_pipeline, "scheduler", other)
+    assert told(run(job, tiny_pipeline)) == [("a.png", "restored")]
+
+
 def test_maps_that_are_asked_for_later_are_made(album: Path) -> None:
     run(job_of(album, settings={"num_samples": 2}))
     job = job_of(album, settings={"num_samples": 2}, detail_map=True, uncertainty_map=True)

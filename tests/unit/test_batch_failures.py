@@ -44,6 +44,10 @@ def test_wrong_use_is_refused(album: Path, tmp_path: Path) -> None:
     check_refused("apart from the input folder", album, out=album.parent)
     check_refused("is no folder; give a folder of photos", album / "a.png")
     check_refused("is no folder", tmp_path / "nowhere")
+    check_refused("expected a folder, got an empty name", album, out="")
+    (tmp_path / "file").touch()
+    check_refused("file' cannot be written to: ", album, out=tmp_path / "file")
+    check_refused("out' cannot be written to: ", album, out=tmp_path / "file" / "out")
     check_refused("no photos in .* that the patterns let through", album, include=("*.webp",))
     check_refused("at least 2 samples", album, uncertainty_map=True)
     with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
