@@ -260,7 +260,8 @@ class LocalFolder:
             try:
                 yield
             finally:
-                holder.truncate(0)  # The folder may be given away, and nobody needs to know where it was made.
+                with suppress(OSError):
+                    holder.truncate(0)  # The folder may be given away, and nobody needs to know where it was made.
 
 
 def require_short_name(name: str) -> None:
