@@ -123,7 +123,8 @@ class Kills:
             wait = self.random.uniform(0, 3 if early else 2 * share * self.seconds_each())
             time.sleep(wait)
             finished = process.poll() is not None
-            os.killpg(process.pid, signal.SIGKILL)
+            if not finished:
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             lasted = time.monotonic() - started
             after = self.compare(done)

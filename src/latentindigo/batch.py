@@ -17,6 +17,7 @@ import os
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ from latentindigo.batch_records import (
     record_bytes,
     record_name,
     require_manifest,
+    scheduler_facts,
     sha256,
     write_manifest,
 )
@@ -65,7 +67,7 @@ from latentindigo.jobs import (
 from latentindigo.metrics import round8
 from latentindigo.planning import Task, plan_folder
 from latentindigo.quality import Niqe, consistency
-from latentindigo.storage import KEPT, Folder, LocalFolder, open_folder, require_short_name
+from latentindigo.storage import KEPT, Entry, Folder, LocalFolder, open_folder, require_short_name
 
 __all__ = ["BatchJob", "Engine", "Item", "Worker", "list_items", "local_engine", "run_batch"]
 
@@ -182,44 +184,46 @@ def _walk(job: BatchJob, source: Folder, place: str, leave_out: str) -> Iterator
         return
     prefix = f"{place}/" if place else ""
     entries = [entry for entry in entries if not entry.name.startswith(".") and prefix + entry.name != leave_out]
-    photos = [prefix + entry.name for entry in entries if not entry.is_folder]
-    tasks = dict(_plan(job, [name for name in photos if _is_wanted(name, job)]))
+    # Names of results do not depend on the patterns, or one run would write over what another one has made.
+    photos = (Path(prefix + entry.name) for entry in entries if _is_photo(entry))
+    maps = {"detail_map": job.detail_map, "uncertainty_map": job.uncertainty_map}
+    planned = plan_folder(photos, num_samples=job.settings.num_samples, **maps)
     for entry in entries:
         name = prefix + entry.name
-        if name in tasks:
-            yield tasks[name]
-        elif entry.is_folder and not any(_matches(name, pattern.removesuffix("/**")) for pattern in job.exclude):
-            yield from _walk(job, source, name, leave_out)
+        if entry.is_folder:
+            if not any(_matches(name, pattern.removesuffix("/**")) for pattern in job.exclude):
+                yield from _walk(job, source, name, leave_out)
+        elif _is_photo(entry):
+            _, task = next(planned)
+            if _is_wanted(name, job):
+                yield _item(name, task)
 
 
-def _plan(job: BatchJob, photos: list[str]) -> Iterator[tuple[str, Item]]:
-    maps = {"detail_map": job.detail_map, "uncertainty_map": job.uncertainty_map}
-    planned = plan_folder(map(Path, photos), num_samples=job.settings.num_samples, **maps)
-    for name, (_, task) in zip(photos, planned, strict=True):
-        try:
-            for path in task.files:
-                require_short_name(path.as_posix())
-        except OSError as error:
-            yield name, Item(name, error=f"'{name}': {error.strerror}")
-        else:
-            yield name, Item(name, task)
+def _item(name: str, task: Task) -> Item:
+    try:
+        for path in task.files:
+            require_short_name(path.as_posix())
+        return Item(name, task)
+    except OSError as error:
+        return Item(name, error=f"'{name}': {error.strerror}")
+
+
+def _is_photo(entry: Entry) -> bool:
+    return not entry.is_folder and os.path.splitext(entry.name)[1].lower() in READ_SUFFIXES
 
 
 def _is_wanted(name: str, job: BatchJob) -> bool:
-    return (
-        os.path.splitext(name)[1].lower() in READ_SUFFIXES
-        and (not job.include or any(_matches(name, pattern) for pattern in job.include))
-        and not any(_matches(name, pattern) for pattern in job.exclude)
-    )
+    included = not job.include or any(_matches(name, pattern) for pattern in job.include)
+    return included and not any(_matches(name, pattern) for pattern in job.exclude)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a relative name fits a pattern, upper and lower case alike.
+    """Whether a relative name fits a pattern, upper and lower case and the two spellings of an accent alike.
 
     A pattern without "/" is compared with the last part, any other with the whole name; "**" stands for any number of
     folders.
     """
-    parts, wanted = name.casefold().split("/"), pattern.casefold().strip("/").split("/")
+    parts, wanted = (unicodedata.normalize("NFC", text).casefold().split("/") for text in (name, pattern.strip("/")))
     return _fits(parts[-1:] if len(wanted) == 1 else parts, wanted)
 
 
@@ -256,7 +260,6 @@ class _Restored(NamedTuple):
 class _Loaded(NamedTuple):
     pipe: Restorer
     model_hash: str
-    settings: dict[str, Any]
     settings_sha256: str
 
 
@@ -333,14 +336,14 @@ class Worker:
                 given = self.job.model
                 foreign = given.get("prior") is not None and given.get("latent_inn") is None
                 settings = resolve_settings(self.job.settings, given.get("model", "embedded"), foreign=foreign)
-                initial = getattr(pipe, "init_model", None)
                 decides = {
                     "pixels": PIXELS,
                     "model": model_hash,
-                    "init_model": None if initial is None else initial.sha256,
+                    "scheduler": scheduler_facts(pipe),
+                    "init_model": getattr(getattr(pipe, "init_model", None), "sha256", None),
                     "settings": settings,
                 }
-                self._pipe = _Loaded(pipe, model_hash, settings, canonical_hash(decides))
+                self._pipe = _Loaded(pipe, model_hash, canonical_hash(decides))
             return self._pipe
 
     def _refuse_foreign(self, files: list[str], record: Row | None) -> None:
@@ -380,8 +383,7 @@ class Worker:
 
     def _require_room(self, picture: LoadedImage) -> None:
         """Once the disk was full, compute nothing that has no chance to fit: half of what it would need."""
-        room = self.out.room() if self._too_many is not None else None
-        if self._too_many is not None and room is not None:
+        if self._too_many is not None and (room := self.out.room()) is not None:
             needed = self._too_many * picture.rgb[0].numel()
             if room < needed / 2:
                 raise OSError(errno.ENOSPC, f"not tried: about {needed:.0f} bytes are needed and {room} are free")
@@ -457,10 +459,7 @@ def _consistency(x: Tensor, y: Tensor, size: tuple[int, int]) -> float:
 
 
 def _failed(row: Row, error: Exception) -> Row:
-    """The row of a photo that has failed: whatever it was, the others are done.
-
-    A mistake in this package is a failure too, told by its name: a job of days must not end over one photo.
-    """
+    """The row of a photo that has failed. So are mistakes of this package told: no job of days ends over one photo."""
     kind = failure_kind(error)
     if isinstance(error, FileExistsError):
         kind = "exists"
@@ -548,19 +547,21 @@ def run_batch(job: BatchJob, engine: Engine, *, manifest: str | None = None) -> 
 
     Raises:
         BusyError: Another job is at work on the output folder.
-        ValueError: There is no photo, or the manifest's name has an unknown ending.
+        ValueError: There is no photo, the output folder cannot be written to, or the manifest's name is of no use.
         ModelLoadError: The model cannot be loaded.
-        OSError: The output folder or the manifest cannot be written.
+        OSError: The disk is full, or the manifest cannot be written.
     """
     out = open_folder(job.out)
     target = manifest or f"{job.out}/manifest.jsonl"
     place, _, name = (target if "://" in target else os.path.abspath(target).replace(os.sep, "/")).rpartition("/")
     require_manifest(name)
+    destination = open_folder(place or "/")
     with ExitStack() as stack:
         stack.enter_context(out.lock())
         out.clean()
-        elsewhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentindigo-"))
-        kept = Path(out.location, KEPT) if isinstance(out, LocalFolder) else Path(elsewhere)
+        local = isinstance(out, LocalFolder)
+        elsewhere = "" if local else stack.enter_context(tempfile.TemporaryDirectory(prefix="latentindigo-"))
+        kept = Path(out.location, KEPT) if local else Path(elsewhere)
         journal = stack.enter_context(closing(Journal(kept / "journal.jsonl")))
         again: list[Item] = []
         count = 0
@@ -586,9 +587,10 @@ def run_batch(job: BatchJob, engine: Engine, *, manifest: str | None = None) -> 
         try:
             made.parent.mkdir(parents=True, exist_ok=True)
             write_manifest(journal.rows(), made)
-            open_folder(place or "/").put(str(made), name)
-        except OSError as error:
-            raise OSError(error.errno, f"the manifest cannot be written: {error.strerror}", target) from error
+            destination.put(str(made), name)
+        except Exception as error:  # a store's own errors too
+            number = getattr(error, "errno", None)
+            raise OSError(number, f"the manifest cannot be written: {_reason(error)}", target) from error
         finally:
             made.unlink(missing_ok=True)
         journal.remove()

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count, islice
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ from latentindigo.planning import Task
 
 __all__ = ["RayEngine"]
 
+# Arguments of `load_pipeline` that may be paths.
+_PLACES = ("model", "prior", "prior_config", "guidance_vae", "latent_inn", "init_model")
 _OBJECT_STORE = 100 * 2**20  # Bytes; names and rows only.
 # Photos to a task: one at first, so that few photos keep all actors at work, then more, so that a million photos do not
 # make a million tasks. An actor that dies repeats at most this many look-ups.
@@ -65,10 +68,9 @@ class RayEngine:
 
     def __init__(self, job: BatchJob, *, workers: int | None = None, address: str | None = None) -> None:
         # In another process a relative path would mean another file.
-        model = {
-            name: os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
-            for name, value in job.model.items()
-        }
+        places = {name: job.model.get(name) for name in _PLACES}
+        found = {name: place for name, place in places.items() if place not in (None, "embedded")}
+        model = job.model | {name: os.path.abspath(place) for name, place in found.items() if os.path.exists(place)}
         self.job = dataclasses.replace(job, model=model)
         self.address = address
         self._workers = workers
@@ -100,7 +102,10 @@ class RayEngine:
     def _start(self, ray: Any) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.address is not None:
-            ray.init(address=self.address, **quiet)
+            try:
+                ray.init(address=self.address, **quiet)
+            except ConnectionError as error:
+                raise ValueError(f"address: no Ray cluster at '{self.address}' ({error})") from error
             return
         accelerators = _accelerators(self.job)
         # Short, for sockets in it have names of at most 107 bytes.
@@ -127,7 +132,8 @@ class RayEngine:
                 f"workers: the cluster has {cluster.get('CPU', 0):g} CPUs, and {self._workers} workers need one each; "
                 "ask for fewer"
             )
-        return {"num_cpus": 1, "num_gpus": min(1.0, accelerators / self._workers)}
+        # No actor lies on two accelerators, so each of these must be shared by a whole number.
+        return {"num_cpus": 1, "num_gpus": 1 / ceil(self._workers / accelerators) if accelerators else 0}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -32,6 +33,7 @@ __all__ = [
     "record_bytes",
     "record_name",
     "require_manifest",
+    "scheduler_facts",
     "sha256",
     "write_manifest",
 ]
@@ -114,6 +116,22 @@ def canonical_hash(values: Mapping[str, Any]) -> str:
         SHA-256 as hexadecimal text.
     """
     return sha256(json.dumps(_even(values), sort_keys=True, separators=(",", ":")).encode())
+
+
+def scheduler_facts(pipe: Any) -> dict[str, Any] | None:
+    """What a pipeline's scheduler was saved with; it decides pixels and is no weight.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        Its class and configuration as plain values, or None if it has none.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return None
+    facts = json.loads(scheduler.to_json_string())
+    return {name: value for name, value in facts.items() if name == "_class_name" or not name.startswith("_")}
 
 
 def _even(value: Any) -> Any:
@@ -233,7 +251,8 @@ class Journal:
                     return
             except OSError:
                 pass
-            self._stream.truncate(start)  # Whole lines only; the disk takes no more.
+            with suppress(OSError):
+                self._stream.truncate(start)  # Whole lines only; the disk takes no more.
             self.close()
         self._held.append(row)
 
@@ -301,6 +320,8 @@ def write_manifest(rows: Iterable[Row], path: Path) -> None:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []
         writer.write_table(pa.Table.from_pylist(group, schema))
+    with open(path, "rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 def require_manifest(name: str) -> None:

@@ -57,6 +57,7 @@ from latentindigo.command import (
     short_warnings,
     stderr_console,
 )
+from latentindigo.safe_files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -301,7 +302,7 @@ def _run(
                 failed[row["input"]] = row["kind"]
             else:
                 counts[row["status"]] += 1
-            bar.update(shown, description=f"{_sum(counts, failed)}: {_shown(row['input'])}")
+            bar.update(shown, description=f"{_sum(counts, failed)}: {printable(row['input'])}")
             bar.stop()  # Or the lines would be written into the bar where both are one terminal.
             report(row, again is not None)
             bar.start()
@@ -316,15 +317,10 @@ def _sum(counts: Counter[str], failed: dict[str, str]) -> str:
 def _report(console: Console, results: TextIO, as_json: bool, row: Row, again: bool) -> None:
     if row["status"] == "failed":
         console.print("failed again:" if again else "failed:", style="bold red", end=" ")
-        console.print(f"{_shown(row['input'])}: {_shown(row['error'])}", markup=False)
+        console.print(printable(f"{row['input']}: {row['error']}"), markup=False)
     with suppress(BrokenPipeError):  # Whoever read the list has seen enough; the job goes on.
         if as_json:
             typer.echo(json.dumps(row), file=results)
         elif row["status"] == "restored":
             for name in row["outputs"]:
-                typer.echo(os.fsencode(name), file=results)
-
-
-def _shown(text: str) -> str:
-    """Text for a terminal: the bytes of a file name that are no Unicode as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+                typer.echo(printable(name) if results.isatty() else os.fsencode(name), file=results)

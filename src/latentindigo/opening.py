@@ -137,14 +137,15 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
             raise ImageReadError(f"'{name}' is {kind}; give the file of a picture.")
         with open(path, "rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
+            # Asking for one byte more than the most would set aside room for all of them.
+            data = stream.read() if os.fstat(stream.fileno()).st_size <= MAX_FILE_BYTES else None
     except OSError as error:
         raise ImageReadError(f"'{name}' cannot be read: {explain(error)}.") from error
     except ValueError as error:
         if isinstance(error, ImageReadError):
             raise
         raise ImageReadError(f"'{name}' is no file name: {one_line(error)}.") from error
-    if len(data) > MAX_FILE_BYTES:
+    if data is None:
         raise ImageReadError(
             f"'{name}' is larger than {MAX_FILE_BYTES // 2**30} GiB, the most that is read; cut it into parts first."
         )

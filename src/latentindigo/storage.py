@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from latentindigo.opening import MAX_FILE_BYTES
+from latentindigo.safe_files import explain
+
 __all__ = [
     "KEPT",
     "BusyError",
@@ -67,7 +70,7 @@ class Folder(Protocol):
         """The content of a file.
 
         Raises:
-            OSError: There is no such file, it is no regular file, or it cannot be read.
+            OSError: There is no such file, it is no regular file, cannot be read, or is larger than 2 GiB.
         """
         ...
 
@@ -106,6 +109,7 @@ class Folder(Protocol):
 
         Raises:
             BusyError: Another one does.
+            ValueError: The folder cannot be written to.
         """
         ...
 
@@ -120,8 +124,10 @@ def open_folder(location: str) -> Folder:
         The folder; it need not exist yet.
 
     Raises:
-        ValueError: The URL's kind is unknown, or the package for it is not installed.
+        ValueError: It is empty, the URL's kind is unknown, or the package for it is not installed.
     """
+    if not location:  # As of a shell's variable that is not set; it would mean the current folder.
+        raise ValueError("expected a folder, got an empty name; '.' is the current one")
     scheme, found, rest = location.partition("://")
     if not found:
         return LocalFolder(location)
@@ -158,8 +164,11 @@ class LocalFolder:
     def read(self, name: str) -> bytes:
         """See `Folder.read`."""
         path = self._path(name)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # A pipe would keep the job waiting for ever.
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # A pipe would keep the job waiting for ever.
             raise OSError(errno.EINVAL, "is no regular file", path)
+        if status.st_size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"is larger than {MAX_FILE_BYTES // 2**30} GiB, the most that is read", path)
         with open(path, "rb") as stream:
             return stream.read()
 
@@ -188,7 +197,8 @@ class LocalFolder:
         except OSError as error:
             # Named is the file that was to be, not the one it was written under.
             names = dict(staged)
-            error.filename = names.get(str(error.filename), error.filename or staged[-1][1])
+            if staged:  # Otherwise nothing could be encoded.
+                error.filename = names.get(str(error.filename), error.filename or staged[-1][1])
             raise
         finally:
             for temporary, _ in staged:
@@ -229,8 +239,14 @@ class LocalFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """See `Folder.lock`; the lock is the kernel's, so that of a process that was killed is gone with it."""
-        os.makedirs(self._path(KEPT), exist_ok=True)
-        with open(self._path(_LOCK), "a+", encoding="utf-8") as holder:
+        try:
+            os.makedirs(self._path(KEPT), exist_ok=True)
+            opened = open(self._path(_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"'{self.location}' cannot be written to: {explain(error)}") from error
+        with opened as holder:
             if not _take(holder):
                 holder.seek(0)
                 raise BusyError(
@@ -241,7 +257,11 @@ class LocalFolder:
             with suppress(OSError):  # A full disk; who holds it is only told.
                 holder.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 holder.flush()
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    holder.truncate(0)  # The folder may be given away, and nobody needs to know where it was made.
 
 
 def require_short_name(name: str) -> None:
@@ -343,16 +363,21 @@ class ObjectFolder:
             self.entries("")
         except FileNotFoundError:
             return False
+        except Exception as error:  # each store has its own
+            raise ValueError(f"'{self.location}' cannot be listed ({type(error).__name__}: {error})") from error
         return True
 
     def entries(self, name: str) -> list[Entry]:
         """See `Folder.entries`."""
         path = self._path(name).rstrip("/")
         listed = self._files.ls(path, detail=True)
-        names = [(str(info["name"]).rstrip("/").rpartition("/")[2], info["type"] == "directory") for info in listed]
-        # Some stores list the empty object that marks a folder as lying in itself.
-        itself = {str(info["name"]).rstrip("/").rpartition("/")[2] for info in listed if _same(info["name"], path)}
-        return sorted(Entry(child, is_folder) for child, is_folder in names if child and child not in itself)
+        self._files.invalidate_cache()  # Or it would hold all names of all folders.
+        found = [
+            Entry(str(info["name"]).rstrip("/").rpartition("/")[2], info["type"] == "directory")
+            for info in listed
+            if not _same(info["name"], path)  # Some stores list the empty object that marks a folder.
+        ]
+        return sorted(entry for entry in found if entry.name)
 
     def read(self, name: str) -> bytes:
         """See `Folder.read`."""

@@ -89,6 +89,28 @@ def test_a_bad_photo_is_named_and_a_second_run_goes_on(album: Path, tmp_path: Pa
     assert not stray(tmp_path / "out")
 
 
+def test_a_name_cannot_command_the_terminal(album: Path, tmp_path: Path, tiny_model: Path) -> None:
+    (album / "x\x1b]0;owned\x07.png").write_bytes(b"no picture")
+    result = run("batch", album, tmp_path / "out", "--model", tiny_model, *QUICK)
+    assert "\x1b]0;" not in result.stderr
+    assert "failed: x\\x1b]0;owned\\x07.png" in result.stderr
+
+
+def test_a_reader_that_leaves_early_changes_no_exit_code(album: Path, tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "latentindigo", "batch", str(album), str(tmp_path / "out"), "--model"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])}
+    with subprocess.Popen(
+        [*command, str(tiny_model), *QUICK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert "5 restored" in errors
+    assert "BrokenPipe" not in errors
+
+
 def test_a_manifest_by_name(album: Path, tmp_path: Path, tiny_model: Path) -> None:
     import pyarrow.parquet as pq
 

@@ -192,6 +192,38 @@ def test_what_ends_a_job_keeps_its_kind() -> None:
     assert isinstance(_fatal({"fatal": "input", "error": "no such device"}), ValueError)
 
 
+@pytest.mark.parametrize(
+    ("workers", "accelerators", "share"), [(1, 1, 1), (2, 4, 1), (4, 1, 0.25), (3, 2, 0.5), (5, 2, 1 / 3), (2, 0, 0)]
+)
+def test_shares_of_accelerators_can_be_placed(tmp_path: Path, workers: int, accelerators: int, share: float) -> None:
+    """A share of 2/3 for three workers on two accelerators would leave the third one without a place."""
+    job = BatchJob(str(make_album(tmp_path / "in")), str(tmp_path / "out"))
+    engine = RayEngine(job, workers=workers)
+    assert engine._divide({"CPU": 8, "GPU": accelerators}) == {"num_cpus": 1, "num_gpus": pytest.approx(share)}
+
+
+def test_only_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that happens to be called like a device is none."""
+    for name in ("cpu", "none", "embedded", "my-prior"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    loading = {"model": "embedded", "device": "cpu", "offload": "none", "prior": "my-prior", "latent_inn": None}
+    job = BatchJob(str(make_album(tmp_path / "in")), str(tmp_path / "out"), model=loading)
+    assert RayEngine(job).job.model == loading | {"prior": str(tmp_path / "my-prior")}
+
+
+def test_a_cluster_that_does_not_answer_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    engine = RayEngine(job_of(make_album(tmp_path / "in"), tmp_path / "out", tmp_path), address="auto")
+    with pytest.raises(ValueError, match=r"address: no Ray cluster at 'auto' \(Could not find"), engine:
+        pass
+
+
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     engine = RayEngine(job_of(make_album(tmp_path / "in"), tmp_path / "out", tmp_path))

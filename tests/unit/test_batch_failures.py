@@ -17,7 +17,7 @@ import pytest
 import latentindigo
 from batches import NAMES, job_of, make_album, manifest, results, run, stray, told
 from fakes import FakePipe, ramp, written
-from latentindigo import storage
+from latentindigo import batch, storage
 from latentindigo.batch import Worker, list_items, local_engine, run_batch
 from latentindigo.batch_records import is_current, read_record
 from latentindigo.images import LoadedImage, load_image
@@ -44,6 +44,10 @@ def test_wrong_use_is_refused(album: Path, tmp_path: Path) -> None:
     check_refused("apart from the input folder", album, out=album.parent)
     check_refused("is no folder; give a folder of photos", album / "a.png")
     check_refused("is no folder", tmp_path / "nowhere")
+    check_refused("expected a folder, got an empty name", album, out="")
+    (tmp_path / "file").touch()
+    check_refused("file' cannot be written to: ", album, out=tmp_path / "file")
+    check_refused("out' cannot be written to: ", album, out=tmp_path / "file" / "out")
     check_refused("no photos in .* that the patterns let through", album, include=("*.webp",))
     check_refused("at least 2 samples", album, uncertainty_map=True)
     with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
@@ -55,6 +59,14 @@ def test_only_one_run_at_a_time(album: Path) -> None:
     with open_folder(job.out).lock(), pytest.raises(BusyError, match="another run is at work"):
         run(job)
     assert told(run(job)) == [(name, "restored") for name in NAMES]
+
+
+def test_the_lock_names_its_holder_only_while_it_is_held(album: Path) -> None:
+    out = open_folder(job_of(album).out)
+    lock = Path(out.location, storage.KEPT, "lock")
+    with out.lock():
+        assert f"process {os.getpid()}" in lock.read_text()
+    assert not lock.read_text(), "the folder may be published, and the machine's name is in it"
 
 
 def test_files_that_cannot_be_read_are_named_and_the_rest_is_done(album: Path) -> None:
@@ -221,7 +233,8 @@ def test_odd_names(tmp_path: Path) -> None:
         assert "bytes, and file systems take 255; shorten the photo's" in rows[name]["error"]
     assert all(rows[name]["status"] == "restored" for name in (*names[:2], names[4]))
     assert {row["input"] for row in manifest(job)} == set(names)
-    single = job_of(tmp_path / "in", out=tmp_path / "single", exclude=("*.gif",))
+    os.unlink(tmp_path / "in" / names[3])
+    single = job_of(tmp_path / "in", out=tmp_path / "single")
     assert {row["status"] for row in run(single)} == {"restored"}, "its record's name is shortened"
     assert {row["status"] for row in run(single)} == {"kept"}
 
@@ -303,6 +316,51 @@ def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
         load_image(Path(job.out, name))
 
 
+def test_a_file_that_is_too_large_is_not_read(album: Path) -> None:
+    with open(album / "huge.png", "wb") as stream:
+        stream.truncate(2**31 + 1)
+    rows = run(job_of(album, retries=0, include=("huge.png",)))
+    assert [(row["status"], row["kind"]) for row in rows] == [("failed", "io")]
+    assert "huge.png' is larger than 2 GiB, the most that is read" in rows[0]["error"]
+
+
+def test_a_picture_that_the_encoder_refuses_is_told_as_it_is(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> bytes:
+        raise OSError("encoder error -2")
+
+    monkeypatch.setattr(batch, "encode_image", refuse)
+    assert {row["error"] for row in run(job_of(album, retries=0))} == {"encoder error -2"}
+
+
+def test_a_manifest_in_no_store_is_refused_before_anything_is_computed(album: Path) -> None:
+    pipe = FakePipe()
+    with pytest.raises(ValueError, match="in a store that fsspec knows"):
+        run(job_of(album), pipe, manifest="gopher://lists/m.jsonl")
+    assert not pipe.calls
+
+
+def test_a_store_that_does_not_take_the_manifest_is_named(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Access Denied")
+
+    monkeypatch.setattr(storage.ObjectFolder, "put", refuse)
+    with pytest.raises(OSError, match="the manifest cannot be written: Access Denied"):
+        run(job_of(album), manifest="memory://lists/m.jsonl")
+
+
+def test_a_local_job_leaves_nothing_elsewhere_when_it_is_killed(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    job = job_of(album)
+    rows = run_batch(job, local_engine(Worker(job, FakePipe)))
+    next(rows)
+    assert not list(elsewhere.iterdir()), "a kill at this moment would leave it for ever"
+    rows.close()  # type: ignore[attr-defined]
+
+
 def test_a_manifest_that_does_not_fit_is_said(album: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="the manifest cannot be written"):
@@ -316,7 +374,7 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 from fakes import FakePipe
-from latentindigo import storage
+from latentindigo import batch, storage
 from latentindigo.batch import BatchJob, Worker, local_engine, run_batch
 from latentindigo.jobs import RestoreSettings
 
