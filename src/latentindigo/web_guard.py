@@ -41,6 +41,8 @@ _GET = re.compile(
 )
 _POST = re.compile(r"/login/?|" + _API + r"(?:queue/join|call/\w+/?|cancel|reset/?|upload)")
 _FILE = _API + "file="
+# Gradio cancels, resets and hears of closed tabs without asking who it is; calls would take tickets before it asks.
+_LOCKED = re.compile(_API + r"(?:heartbeat/\w+|cancel|reset/?|queue/join|call/\w+/?)")
 _CALLS = re.compile(_API + r"(?:queue/join|call/\w+/?)")
 
 _SOCIAL = re.compile(r"<meta\s+(?:property|name)=\"(?:og|twitter):[^>]*>", re.DOTALL)
@@ -133,10 +135,12 @@ class Guard:
         folder: The only folder whose files are served.
         upload_bytes: Largest upload.
         tickets: Which files may be named.
+        locked: Whether visitors have to log in. Gradio asks for that at most of its doors, the guard at the others.
     """
 
-    def __init__(self, app: App, *, folder: Path, upload_bytes: int, tickets: Tickets) -> None:
+    def __init__(self, app: App, *, folder: Path, upload_bytes: int, tickets: Tickets, locked: bool = False) -> None:
         self._app = app
+        self._locked = locked
         self._folder = folder.resolve()
         self._upload_bytes = upload_bytes
         self._tickets = tickets
@@ -151,7 +155,9 @@ class Guard:
             return
         send = _with_headers(send)
         path, method = scope["path"], scope["method"]
-        if method in ("GET", "HEAD") and path.startswith(_FILE):
+        if self._locked and _LOCKED.fullmatch(path) and not await self._is_known(scope):
+            await _answer(send, 401, "This page asks for a user and a password; log in first.")
+        elif method in ("GET", "HEAD") and path.startswith(_FILE):
             await self._serve_file(scope, receive, send)
         elif method in ("GET", "HEAD") and _GET.fullmatch(path) and ".." not in path:
             if path == "/":
@@ -169,9 +175,11 @@ class Guard:
         named = scope["path"].removeprefix(_FILE)
         # The path arrives decoded once; a second layer would be somebody's attempt to slip past this check.
         inside = "\0" not in named and unquote(named) == named and ".." not in named
-        if inside:
-            real = Path(named).resolve()
+        try:
+            real = Path(named).resolve() if inside else self._folder
             inside = named.startswith("/") and real.is_relative_to(self._folder) and real.is_file()
+        except OSError:  # A name longer than the disk's.
+            inside = False
         if not inside:
             await _answer(send, 403, "Only results of this page are served here, and this is none, or is gone by now.")
             return
@@ -220,6 +228,23 @@ class Guard:
         headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         await self._app(scope, _replay(body, receive), send)
+
+    async def _is_known(self, scope: MutableMapping[str, Any]) -> bool:
+        """Whether the sender is logged in: Gradio's own answer, at a door where nothing else happens."""
+        statuses: list[int] = []
+        door = _API + "login_check"
+        headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
+        asked = {**scope, "method": "GET", "path": door, "raw_path": door.encode(), "headers": headers}
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await self._app(asked, receive, note)
+        return statuses == [200]
 
     def _noting(self, send: Send) -> Send:
         """Give a ticket for every path that the answer to an upload names."""

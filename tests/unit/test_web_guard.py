@@ -120,6 +120,7 @@ class Door:
 
     def __init__(self, folder: Path) -> None:
         self.inner = Inner()
+        self.folder = folder
         self.tickets = Tickets([SHARED])
         self.guard = Guard(self.inner, folder=folder, upload_bytes=UPLOAD_BYTES, tickets=self.tickets)
 
@@ -228,6 +229,7 @@ def test_only_files_of_the_folder_are_served(door: Door, tmp_path: Path) -> None
         f"{served}/link",
         f"{served}",
         f"{served}/gone.png",
+        f"{served}/{'a' * 300}.png",
         f"{served}/result.png\0",
     ):
         assert door.ask("GET", f"/gradio_api/file={named}")[0] == 403, named
@@ -280,6 +282,29 @@ def test_a_full_queue_is_said_politely(door: Door, header: str, status: int) -> 
     body = json.dumps({"data": [], "session_hash": "a"}).encode()
     got, answer, _ = door.ask("POST", "/gradio_api/queue/join", body, {"sec-fetch-mode": header})
     assert (got, json.loads(answer)["detail"]) == (status, QUEUE_FULL)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/gradio_api/heartbeat/abc"),
+        ("POST", "/gradio_api/cancel"),
+        ("POST", "/gradio_api/reset"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/call/restore"),
+    ],
+)
+def test_where_gradio_asks_for_no_password_the_guard_does(door: Door, method: str, path: str) -> None:
+    body = json.dumps({"data": [file_of(MINE)], "session_hash": "thief"}).encode()
+    door.tickets.issue(MINE)
+    door.inner.status = 401  # What `login_check` answers to strangers.
+    guard = Guard(door.inner, folder=door.folder, upload_bytes=UPLOAD_BYTES, tickets=door.tickets, locked=True)
+    door.guard = guard
+    assert door.ask(method, path, body if method == "POST" else b"")[0] == 401
+    assert [seen for seen, _ in door.inner.seen] == ["/gradio_api/login_check"]
+    door.inner.status = 200
+    assert door.ask(method, path, body.replace(b"thief", b"me") if method == "POST" else b"")[0] == 200, "a ticket went"
+    assert door.inner.seen[-1][0] == path
 
 
 def test_the_page_names_no_other_host(door: Door) -> None:
