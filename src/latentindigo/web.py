@@ -104,7 +104,7 @@ def serve(
         ValueError: The address cannot be listened at.
         ModelLoadError: The model cannot be loaded.
     """
-    with _listening(settings) as listener, TemporaryFolder(settings.limits) as folder:
+    with _ending_orderly(), _listening(settings) as listener, TemporaryFolder(settings.limits) as folder:
         _import_gradio(folder.path)
         import uvicorn
 
@@ -126,15 +126,25 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=_SECONDS_TO_END,
         )
-        # uvicorn ends its loop at a signal and then raises the signal again, to the handler that was there before. The
-        # one of the operating system would end the process before anything is cleaned up.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 Server(config).run(sockets=[listener])
         finally:
             studio.close()
-            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ending_orderly() -> Iterator[None]:
+    """Let SIGTERM unwind what is open, from before the model is loaded.
+
+    uvicorn ends its loop at a signal and then raises the signal again, to the handler that was there before. The one of
+    the operating system would end the process before anything is cleaned up.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -230,7 +240,13 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         head=web_parts.HEAD,
     )
     tickets = Tickets(str(path) for path in examples.values())
-    return Guard(app, folder=studio.folder.path, upload_bytes=settings.limits.upload_bytes, tickets=tickets)
+    return Guard(
+        app,
+        folder=studio.folder.path,
+        upload_bytes=settings.limits.upload_bytes,
+        tickets=tickets,
+        locked=settings.auth is not None,
+    )
 
 
 def _theme(gr: Any) -> Any:
@@ -367,7 +383,7 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
             # The page fills its own field: no call to the server, and no path but this one.
             value: dict[str, Any] = {
                 "path": str(path),
-                "url": f"gradio_api/file={path.as_posix()}",
+                "url": web_parts.address(path),
                 "orig_name": path.name,
             }
             value["meta"] = {"_type": "gradio.FileData"}
@@ -442,7 +458,7 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             yield web_parts.waiting("Reading the photo …"), same, same, same, no_files
             async with contextlib.aclosing(
-                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+                studio.follow(data, name, wish, FORMATS.get(format, ""), request.session_hash)
             ) as steps:
                 async for now in steps:
                     if isinstance(now, Finished):
@@ -503,7 +519,7 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         try:
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             async with contextlib.aclosing(
-                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+                studio.follow(data, name, wish, FORMATS.get(format, ""), request.session_hash)
             ) as steps:
                 async for now in steps:
                     finished = now if isinstance(now, Finished) else finished

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +20,7 @@ from PIL import Image
 
 from latentindigo.images import read_metadata
 from latentindigo.web_guard import QUEUE_FULL
-from web_page import Page, Starter, photo, until
+from web_page import SOURCE, Page, Starter, photo, until
 
 pytestmark = pytest.mark.web
 
@@ -198,7 +201,21 @@ def test_a_full_queue_is_refused_politely_and_a_visitor_who_left_makes_room(
 def test_a_password_is_asked_for(start_page: Starter, tmp_path: Path) -> None:
     page = start_page("--host", "127.0.0.1", environment={"LATENTINDIGO_AUTH": "anna:secret"})
     assert httpx.post(f"{page.url}gradio_api/upload", files={"files": ("a.png", photo(16))}).status_code == 401
-    assert httpx.get(f"{page.url}gradio_api/info").status_code == 401
+    assert httpx.get(page.url).status_code == 200, "the page that asks for it"
+    example = next(page.temporary.rglob("kept/*.*"))
+    for path in (
+        "config",
+        "gradio_api/info",
+        "gradio_api/queue/status",
+        "gradio_api/heartbeat/a",
+        "gradio_api/call/a/b",
+    ):
+        assert httpx.get(page.url + path).status_code == 401, path
+    for path in (f"gradio_api/file={example}", "gradio_api/queue/data?session_hash=a", "gradio_api/upload_progress"):
+        assert httpx.get(page.url + path).status_code == 401, path
+    for path in ("queue/join", "call/restore", "cancel", "reset"):
+        call = {"data": [file_of(str(example)), *SETTINGS], "fn_index": 0, "session_hash": "a", "event_id": "b"}
+        assert httpx.post(f"{page.url}gradio_api/{path}", json=call).status_code == 401, path
     (tmp_path / "cat.png").write_bytes(photo(16))
     with pytest.raises(Exception, match="[Ll]ogin|[Cc]redentials|auth"):
         connect(page, tmp_path, auth=("anna", "wrong"))
@@ -212,6 +229,17 @@ def test_an_open_door_is_warned_of(start_page: Starter) -> None:
     assert page.said.count("warning:") == 1
     assert "--auth asks for a password" in page.said
     page.stop()
+
+
+def test_an_end_while_the_model_is_loaded_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\n"
+        "from latentindigo.web import PageSettings, serve\n"
+        "serve(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)), PageSettings(port=0))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_end_stops_the_work_and_leaves_nothing_behind(start_page: Starter) -> None:
