@@ -24,7 +24,7 @@ from typing import Any
 
 from latentindigo import web_parts
 from latentindigo.jobs import Restorer, RestoreSettings, resolve_settings
-from latentindigo.web_guard import Guard, Tickets
+from latentindigo.web_guard import Guard, Listeners, Tickets
 from latentindigo.web_jobs import FORMATS, Finished, Limits, RefusedError, StoppedError, Studio, TemporaryFolder
 
 __all__ = ["PageSettings", "make_app", "serve"]
@@ -218,7 +218,8 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
     import fastapi
 
     examples = _copy_examples(studio.folder.kept)
-    page = _build_page(gr, studio, settings, examples)
+    listeners = Listeners()
+    page = _build_page(gr, studio, settings, examples, listeners)
     page.queue(max_size=settings.queue, default_concurrency_limit=settings.concurrency)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
@@ -245,6 +246,7 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         folder=studio.folder.path,
         upload_bytes=settings.limits.upload_bytes,
         tickets=tickets,
+        listeners=listeners,
         locked=settings.auth is not None,
     )
 
@@ -312,7 +314,9 @@ def _reading(gr: Any, folder: Path) -> Callable[[Any], tuple[bytes, str] | None]
     return read
 
 
-def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[str, Path]) -> Any:
+def _build_page(
+    gr: Any, studio: Studio, settings: PageSettings, examples: dict[str, Path], listeners: Listeners
+) -> Any:
     minutes = f"{settings.limits.keep_seconds / 60:g}"
     with gr.Blocks(title="LatentINDIGO", analytics_enabled=False) as page:
         gr.Markdown(web_parts.INTRODUCTION.format(minutes=minutes))
@@ -341,7 +345,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
                 files = gr.HTML("", elem_id="files")
         shown = [status, view, detail, spread, files]
         run = start.click(
-            _page_call(gr, studio),
+            _page_call(gr, studio, listeners),
             inputs=[photo, *fields],
             outputs=shown,
             api_name="page",
@@ -436,7 +440,7 @@ def _wish(
         raise RefusedError(f"{error}.") from error
 
 
-def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
+def _page_call(gr: Any, studio: Studio, listeners: Listeners) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
     """What the button does: status, view, map of detail, map of uncertainty, files, again and again."""
 
     async def restore(
@@ -463,7 +467,8 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
                 async for now in steps:
                     if isinstance(now, Finished):
                         yield _shown(now)
-                    else:
+                    # Pictures that nobody fetches would fill the server's memory.
+                    elif request.session_hash in listeners:
                         yield (*web_parts.step(now), same, same, same)
         except RefusedError as refusal:
             yield web_parts.failed(str(refusal)), same, same, same, no_files

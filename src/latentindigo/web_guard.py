@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
-__all__ = ["QUEUE_FULL", "Guard", "NotYoursError", "Tickets"]
+__all__ = ["QUEUE_FULL", "Guard", "Listeners", "NotYoursError", "Tickets"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -41,6 +42,7 @@ _GET = re.compile(
 )
 _POST = re.compile(r"/login/?|" + _API + r"(?:queue/join|call/\w+/?|cancel|reset/?|upload)")
 _FILE = _API + "file="
+_STREAM = _API + "queue/data"
 # Gradio cancels, resets and hears of closed tabs without asking who it is; calls would take tickets before it asks.
 _LOCKED = re.compile(_API + r"(?:heartbeat/\w+|cancel|reset/?|queue/join|call/\w+/?)")
 _CALLS = re.compile(_API + r"(?:queue/join|call/\w+/?)")
@@ -127,6 +129,27 @@ class Tickets:
         return {**kept, "orig_name": name[:200]} if isinstance(name, str) else kept
 
 
+class Listeners:
+    """Which sessions listen to what the page tells them. Gradio keeps what it tells the others, without an end."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    def __contains__(self, session: str) -> bool:
+        """Whether a session listens now."""
+        return session in self._open
+
+    @contextmanager
+    def listening(self, session: str) -> Iterator[None]:
+        """Note that a session listens while the block runs; it may do so more than once."""
+        self._open[session] += 1
+        try:
+            yield
+        finally:
+            self._open[session] -= 1
+            self._open += Counter()  # Only what is above zero stays.
+
+
 class Guard:
     """ASGI middleware around Gradio's application.
 
@@ -135,12 +158,23 @@ class Guard:
         folder: The only folder whose files are served.
         upload_bytes: Largest upload.
         tickets: Which files may be named.
+        listeners: Learns who listens.
         locked: Whether visitors have to log in. Gradio asks for that at most of its doors, the guard at the others.
     """
 
-    def __init__(self, app: App, *, folder: Path, upload_bytes: int, tickets: Tickets, locked: bool = False) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        folder: Path,
+        upload_bytes: int,
+        tickets: Tickets,
+        listeners: Listeners | None = None,
+        locked: bool = False,
+    ) -> None:
         self._app = app
         self._locked = locked
+        self._listeners = Listeners() if listeners is None else listeners
         self._folder = folder.resolve()
         self._upload_bytes = upload_bytes
         self._tickets = tickets
@@ -164,7 +198,12 @@ class Guard:
                 # Unpacked, to be read and mended.
                 scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
                 send = _mending(send)
-            await self._app(scope, receive, send)
+            if path != _STREAM:
+                await self._app(scope, receive, send)
+                return
+            (session,) = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[:1]
+            with self._listeners.listening(session):
+                await self._app(scope, receive, send)
         elif method == "POST" and _POST.fullmatch(path):
             await self._take(scope, receive, send)
         else:

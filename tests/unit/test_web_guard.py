@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentindigo.web_guard import QUEUE_FULL, Guard, NotYoursError, Tickets
+from latentindigo.web_guard import QUEUE_FULL, Guard, Listeners, NotYoursError, Tickets
 
 UPLOAD_BYTES = 1000
 MINE, OTHER, SHARED = "/folder/mine.png", "/folder/other.png", "/folder/example.png"
@@ -305,6 +306,30 @@ def test_where_gradio_asks_for_no_password_the_guard_does(door: Door, method: st
     door.inner.status = 200
     assert door.ask(method, path, body.replace(b"thief", b"me") if method == "POST" else b"")[0] == 200, "a ticket went"
     assert door.inner.seen[-1][0] == path
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_listens_is_known_while_the_stream_is_open(door: Door, fails: bool) -> None:
+    listeners = Listeners()
+    heard: list[tuple[bool, bool]] = []
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        with listeners.listening("a b"):  # A second stream of the same session ends before the first.
+            pass
+        heard.append(("a b" in listeners, "other" in listeners))
+        if fails:
+            raise OSError("the connection broke")
+
+    guard = Guard(stream, folder=door.folder, upload_bytes=1, tickets=door.tickets, listeners=listeners)
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/queue/data", "query_string": b"session_hash=a+b"}
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    with contextlib.suppress(OSError):
+        asyncio.run(guard({**scope, "headers": []}, nothing, nothing))
+    assert heard == [(True, False)]
+    assert "a b" not in listeners
 
 
 def test_the_page_names_no_other_host(door: Door) -> None:

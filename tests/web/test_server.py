@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import subprocess
@@ -48,10 +49,10 @@ def file_of(path: str, **more: Any) -> dict[str, Any]:
     return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
 
 
-def function_of(page: Page) -> int:
-    """The number under which Gradio knows the API's function."""
+def function_of(page: Page, name: str = "restore") -> int:
+    """The number under which Gradio knows a function, the API's or the button's."""
     config = httpx.get(f"{page.url}config").json()
-    return next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "restore")
+    return next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == name)
 
 
 def join(page: Page, data: list[Any], session: str) -> httpx.Response:
@@ -196,6 +197,23 @@ def test_a_full_queue_is_refused_politely_and_a_visitor_who_left_makes_room(
     assert time.monotonic() - started < 30
     listener.join()
     page.stop()
+
+
+def test_who_does_not_listen_is_not_told_and_holds_no_place(page: Page, tmp_path: Path) -> None:
+    """Gradio keeps every message until it is fetched, and pictures of steps would soon fill the memory."""
+    (tmp_path / "cat.png").write_bytes(photo(16))
+    texts = {}
+    for session, mute in (("mute", True), ("heard", False)):
+        data = [file_of(upload(page, photo(64))), 4, *SETTINGS[1:]]
+        body = {"data": data, "fn_index": function_of(page, "page"), "session_hash": session}
+        assert httpx.post(f"{page.url}gradio_api/queue/join", json=body).status_code == 200
+        if mute:  # The next in the queue gets its turn all the same.
+            connect(page, tmp_path).predict(photo=handle_file(tmp_path / "cat.png"), scale=1, api_name="/restore")
+        with httpx.stream("GET", f"{page.url}gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+            texts[session] = "".join(itertools.takewhile(lambda line: "close_stream" not in line, lines.iter_lines()))
+    assert "Restored photo" in texts["mute"]
+    assert "data:image" not in texts["mute"]
+    assert texts["heard"].count("data:image") > 2
 
 
 def test_a_password_is_asked_for(start_page: Starter, tmp_path: Path) -> None:
