@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
 
-from latentindigo import web_jobs
+from latentindigo import web_jobs, web_parts
 from latentindigo.images import LoadedImage, load_image, read_metadata, save_image
 from latentindigo.jobs import MAP_GAIN, RestoreSettings, restore_file
 from latentindigo.pipeline import RestorationPipeline
@@ -159,6 +160,13 @@ def test_a_name_leads_nowhere(studio: Studio, name: str) -> None:
         assert path.parent.parent == studio.folder.path
         assert set("/\\<>. ").isdisjoint(path.stem)
         assert len(path.name) < 100
+
+
+def test_an_address_survives_a_temporary_folder_of_any_name() -> None:
+    place = Path("/tmp/it's #1 50%/x?.png")  # noqa: S108
+    address = web_parts.address(place)
+    assert set("#?' ").isdisjoint(address)
+    assert unquote(address) == f"gradio_api/file={place}"
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

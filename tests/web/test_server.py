@@ -111,6 +111,12 @@ def test_the_client_is_told_what_is_wrong(
         client.predict(photo=handle_file(tmp_path / "cat.png"), **settings, api_name="/restore")
 
 
+def test_a_format_that_is_left_open_is_the_photo_s(page: Page) -> None:
+    assert join(page, [file_of(upload(page, photo(16))), *SETTINGS[:-1], None], "open").status_code == 200
+    found = outcome(page, "open")
+    assert found["success"], found["output"]
+
+
 # ----------------------------------------------------------------------------------------------- clients that mean harm
 
 
