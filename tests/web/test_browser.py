@@ -163,7 +163,7 @@ def test_cancelling_stops_the_work(tab: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"just text", "is damaged or not a picture in a known format"),
+        (b"just text", "is no picture: it holds text"),
         (photo()[:400], "is damaged or cut short"),
         (photo(600), "pixels, and this page makes at most"),
     ],

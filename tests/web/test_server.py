@@ -94,7 +94,7 @@ def test_the_client_gets_pictures_maps_and_settings(page: Page, client: Client, 
 @pytest.mark.parametrize(
     ("data", "settings", "sentence"),
     [
-        (b"text", {}, "damaged or not a picture"),
+        (b"text", {}, "is no picture: it holds text"),
         (photo(24), {"scale": 17}, "17"),
         (photo(24), {"preset": "bold"}, "bold"),
         (photo(24), {"width": 40}, "width and a height"),
