@@ -420,9 +420,12 @@ class Studio:
             how = " before it is cut" if settings.crop else ""
             how += f", filled up to {filled[0]} x {filled[1]}" if min(target) < least else ""
             how += "" if count == 1 else f" in {count} samples"
+            way_out = "give a smaller photo"
+            if scale > 1 or count > 1:
+                way_out = "choose a smaller scale or size, or fewer samples"
             raise RefusedError(
                 f"The result would have {target[0]} x {target[1]} pixels{how}, and this page makes at most "
-                f"{self.limits.pixels / 1e6:g} megapixels at once; choose a smaller scale or fewer samples."
+                f"{self.limits.pixels / 1e6:g} megapixels at once; {way_out}."
             )
         return target
 
