@@ -173,6 +173,8 @@ def _to_8bit(image: Image.Image, name: str, icc: bytes | None) -> tuple[Image.Im
         return image.convert("LA" if transparent else "L"), icc
     if image.mode == "CMYK":
         return _cmyk_to_srgb(image, icc), None
+    if image.mode == "LAB":
+        icc = None  # It describes Lab, and Pillow makes sRGB of that.
     colour = image.convert("RGBA" if transparent else "RGB")
     if image.mode in ("P", "PA"):
         red, green, blue = colour.split()[:3]

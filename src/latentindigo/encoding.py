@@ -38,6 +38,8 @@ _STRUCTURAL_TAGS = frozenset(
     + [297, 301, 317, 318, 319, 320, *range(321, 326), 330, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 347]
     + [*range(512, 522), 529, 530, 531, 532, 700, 33723, 34377, 34675]
 )
+# Copied by content, where they belong; elsewhere, in damaged EXIF, they lead nowhere.
+_POINTERS = frozenset({ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop})
 _USER_COMMENT = 0x9286
 _PIXEL_WIDTH, _PIXEL_HEIGHT = 0xA002, 0xA003
 
@@ -71,7 +73,7 @@ def _copy_exif(source: Image.Exif) -> Image.Exif:
         details[ExifTags.IFD.Interop] = dict(source.get_ifd(ExifTags.IFD.Interop))
     position = dict(source.get_ifd(ExifTags.IFD.GPSInfo))
     for tag, value in source.items():
-        if tag not in _STRUCTURAL_TAGS and tag not in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if tag not in _STRUCTURAL_TAGS and tag not in _POINTERS:
             copy[tag] = value
     if details:
         copy[ExifTags.IFD.Exif] = details
@@ -153,6 +155,8 @@ def _user_comment(details: dict[int, Any]) -> str:
     raw = details.get(_USER_COMMENT, b"")
     if isinstance(raw, str):
         return raw.strip("\0 ")
+    if not isinstance(raw, bytes):  # numbers, in a damaged file
+        return ""
     code, body = raw[:8], raw[8:]
     encoding = "utf-16" if code.startswith(b"UNICODE") else "utf-8"
     return body.decode(encoding, errors="replace").strip("\0 ")

@@ -24,7 +24,7 @@ from typing import Any
 
 from latentindigo import web_parts
 from latentindigo.jobs import Restorer, RestoreSettings, resolve_settings
-from latentindigo.web_guard import Guard, Tickets
+from latentindigo.web_guard import Guard, Listeners, Tickets
 from latentindigo.web_jobs import FORMATS, Finished, Limits, RefusedError, StoppedError, Studio, TemporaryFolder
 
 __all__ = ["PageSettings", "make_app", "serve"]
@@ -104,7 +104,7 @@ def serve(
         ValueError: The address cannot be listened at.
         ModelLoadError: The model cannot be loaded.
     """
-    with _listening(settings) as listener, TemporaryFolder(settings.limits) as folder:
+    with _ending_orderly(), _listening(settings) as listener, TemporaryFolder(settings.limits) as folder:
         _import_gradio(folder.path)
         import uvicorn
 
@@ -126,15 +126,25 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=_SECONDS_TO_END,
         )
-        # uvicorn ends its loop at a signal and then raises the signal again, to the handler that was there before. The
-        # one of the operating system would end the process before anything is cleaned up.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 Server(config).run(sockets=[listener])
         finally:
             studio.close()
-            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ending_orderly() -> Iterator[None]:
+    """Let SIGTERM unwind what is open, from before the model is loaded.
+
+    uvicorn ends its loop at a signal and then raises the signal again, to the handler that was there before. The one of
+    the operating system would end the process before anything is cleaned up.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -208,7 +218,8 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
     import fastapi
 
     examples = _copy_examples(studio.folder.kept)
-    page = _build_page(gr, studio, settings, examples)
+    listeners = Listeners()
+    page = _build_page(gr, studio, settings, examples, listeners)
     page.queue(max_size=settings.queue, default_concurrency_limit=settings.concurrency)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
@@ -230,7 +241,16 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         head=web_parts.HEAD,
     )
     tickets = Tickets(str(path) for path in examples.values())
-    return Guard(app, folder=studio.folder.path, upload_bytes=settings.limits.upload_bytes, tickets=tickets)
+    return Guard(
+        app,
+        folder=studio.folder.path,
+        upload_bytes=settings.limits.upload_bytes,
+        tickets=tickets,
+        listeners=listeners,
+        locked=settings.auth is not None,
+        # A proxy in front may well use another name; who lets others in sets a password.
+        local=settings.auth is None and settings.host in ("127.0.0.1", "::1", "localhost"),
+    )
 
 
 def _theme(gr: Any) -> Any:
@@ -296,7 +316,9 @@ def _reading(gr: Any, folder: Path) -> Callable[[Any], tuple[bytes, str] | None]
     return read
 
 
-def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[str, Path]) -> Any:
+def _build_page(
+    gr: Any, studio: Studio, settings: PageSettings, examples: dict[str, Path], listeners: Listeners
+) -> Any:
     minutes = f"{settings.limits.keep_seconds / 60:g}"
     with gr.Blocks(title="LatentINDIGO", analytics_enabled=False) as page:
         gr.Markdown(web_parts.INTRODUCTION.format(minutes=minutes))
@@ -325,7 +347,7 @@ def _build_page(gr: Any, studio: Studio, settings: PageSettings, examples: dict[
                 files = gr.HTML("", elem_id="files")
         shown = [status, view, detail, spread, files]
         run = start.click(
-            _page_call(gr, studio),
+            _page_call(gr, studio, listeners),
             inputs=[photo, *fields],
             outputs=shown,
             api_name="page",
@@ -367,7 +389,7 @@ def _build_form(gr: Any, folder: Path, examples: dict[str, Path]) -> tuple[Any, 
             # The page fills its own field: no call to the server, and no path but this one.
             value: dict[str, Any] = {
                 "path": str(path),
-                "url": f"gradio_api/file={path.as_posix()}",
+                "url": web_parts.address(path),
                 "orig_name": path.name,
             }
             value["meta"] = {"_type": "gradio.FileData"}
@@ -420,7 +442,7 @@ def _wish(
         raise RefusedError(f"{error}.") from error
 
 
-def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
+def _page_call(gr: Any, studio: Studio, listeners: Listeners) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
     """What the button does: status, view, map of detail, map of uncertainty, files, again and again."""
 
     async def restore(
@@ -442,12 +464,13 @@ def _page_call(gr: Any, studio: Studio) -> Callable[..., AsyncIterator[tuple[Any
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             yield web_parts.waiting("Reading the photo …"), same, same, same, no_files
             async with contextlib.aclosing(
-                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+                studio.follow(data, name, wish, FORMATS.get(format, ""), request.session_hash)
             ) as steps:
                 async for now in steps:
                     if isinstance(now, Finished):
                         yield _shown(now)
-                    else:
+                    # Pictures that nobody fetches would fill the server's memory.
+                    elif request.session_hash in listeners:
                         yield (*web_parts.step(now), same, same, same)
         except RefusedError as refusal:
             yield web_parts.failed(str(refusal)), same, same, same, no_files
@@ -503,7 +526,7 @@ def _build_api(gr: Any, studio: Studio, settings: PageSettings, inputs: list[Any
         try:
             wish = _wish(scale, width, height, crop, preset, fidelity, seed, num_samples)
             async with contextlib.aclosing(
-                studio.follow(data, name, wish, FORMATS[format], request.session_hash)
+                studio.follow(data, name, wish, FORMATS.get(format, ""), request.session_hash)
             ) as steps:
                 async for now in steps:
                     finished = now if isinstance(now, Finished) else finished

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
-__all__ = ["QUEUE_FULL", "Guard", "NotYoursError", "Tickets"]
+__all__ = ["QUEUE_FULL", "Guard", "Listeners", "NotYoursError", "Tickets"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -41,6 +42,9 @@ _GET = re.compile(
 )
 _POST = re.compile(r"/login/?|" + _API + r"(?:queue/join|call/\w+/?|cancel|reset/?|upload)")
 _FILE = _API + "file="
+_STREAM = _API + "queue/data"
+# Gradio cancels, resets and hears of closed tabs without asking who it is; calls would take tickets before it asks.
+_LOCKED = re.compile(_API + r"(?:heartbeat/\w+|cancel|reset/?|queue/join|call/\w+/?)")
 _CALLS = re.compile(_API + r"(?:queue/join|call/\w+/?)")
 
 _SOCIAL = re.compile(r"<meta\s+(?:property|name)=\"(?:og|twitter):[^>]*>", re.DOTALL)
@@ -125,6 +129,27 @@ class Tickets:
         return {**kept, "orig_name": name[:200]} if isinstance(name, str) else kept
 
 
+class Listeners:
+    """Which sessions listen to what the page tells them. Gradio keeps what it tells the others, without an end."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    def __contains__(self, session: str) -> bool:
+        """Whether a session listens now."""
+        return session in self._open
+
+    @contextmanager
+    def listening(self, session: str) -> Iterator[None]:
+        """Note that a session listens while the block runs; it may do so more than once."""
+        self._open[session] += 1
+        try:
+            yield
+        finally:
+            self._open[session] -= 1
+            self._open += Counter()  # Only what is above zero stays.
+
+
 class Guard:
     """ASGI middleware around Gradio's application.
 
@@ -133,10 +158,27 @@ class Guard:
         folder: The only folder whose files are served.
         upload_bytes: Largest upload.
         tickets: Which files may be named.
+        listeners: Learns who listens.
+        locked: Whether visitors have to log in. Gradio asks for that at most of its doors, the guard at the others.
+        local: Whether only this computer is served. A name of elsewhere that leads here is then a trick of some page in
+            the same browser (DNS rebinding), and is refused.
     """
 
-    def __init__(self, app: App, *, folder: Path, upload_bytes: int, tickets: Tickets) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        folder: Path,
+        upload_bytes: int,
+        tickets: Tickets,
+        listeners: Listeners | None = None,
+        locked: bool = False,
+        local: bool = False,
+    ) -> None:
         self._app = app
+        self._local = local
+        self._locked = locked
+        self._listeners = Listeners() if listeners is None else listeners
         self._folder = folder.resolve()
         self._upload_bytes = upload_bytes
         self._tickets = tickets
@@ -151,14 +193,23 @@ class Guard:
             return
         send = _with_headers(send)
         path, method = scope["path"], scope["method"]
-        if method in ("GET", "HEAD") and path.startswith(_FILE):
+        if self._local and not _is_loopback(dict(scope["headers"]).get(b"host", b"")):
+            await _answer(send, 403, "This page is for this computer alone; open it at http://127.0.0.1 and its port.")
+        elif self._locked and _LOCKED.fullmatch(path) and not await self._is_known(scope):
+            await _answer(send, 401, "This page asks for a user and a password; log in first.")
+        elif method in ("GET", "HEAD") and path.startswith(_FILE):
             await self._serve_file(scope, receive, send)
         elif method in ("GET", "HEAD") and _GET.fullmatch(path) and ".." not in path:
             if path == "/":
                 # Unpacked, to be read and mended.
                 scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
                 send = _mending(send)
-            await self._app(scope, receive, send)
+            if path != _STREAM:
+                await self._app(scope, receive, send)
+                return
+            (session,) = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[:1]
+            with self._listeners.listening(session):
+                await self._app(scope, receive, send)
         elif method == "POST" and _POST.fullmatch(path):
             await self._take(scope, receive, send)
         else:
@@ -169,9 +220,11 @@ class Guard:
         named = scope["path"].removeprefix(_FILE)
         # The path arrives decoded once; a second layer would be somebody's attempt to slip past this check.
         inside = "\0" not in named and unquote(named) == named and ".." not in named
-        if inside:
-            real = Path(named).resolve()
+        try:
+            real = Path(named).resolve() if inside else self._folder
             inside = named.startswith("/") and real.is_relative_to(self._folder) and real.is_file()
+        except OSError:  # A name longer than the disk's.
+            inside = False
         if not inside:
             await _answer(send, 403, "Only results of this page are served here, and this is none, or is gone by now.")
             return
@@ -221,6 +274,23 @@ class Guard:
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         await self._app(scope, _replay(body, receive), send)
 
+    async def _is_known(self, scope: MutableMapping[str, Any]) -> bool:
+        """Whether the sender is logged in: Gradio's own answer, at a door where nothing else happens."""
+        statuses: list[int] = []
+        door = _API + "login_check"
+        headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
+        asked = {**scope, "method": "GET", "path": door, "raw_path": door.encode(), "headers": headers}
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await self._app(asked, receive, note)
+        return statuses == [200]
+
     def _noting(self, send: Send) -> Send:
         """Give a ticket for every path that the answer to an upload names."""
 
@@ -231,6 +301,12 @@ class Guard:
             return status, body
 
         return _rewriting(send, note)
+
+
+def _is_loopback(host: bytes) -> bool:
+    """Whether the Host header of a request names this computer."""
+    name = re.sub(r":\d*$", "", host.decode("latin-1")).strip("[]").lower()
+    return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
 
 
 # ------------------------------------------------------------------------------------------------------ parts of ASGI

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
+import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +39,7 @@ from latentindigo.jobs import (
 )
 from latentindigo.opening import DECODE_ERRORS, open_picture
 from latentindigo.planning import Task
+from latentindigo.targets import check_room
 
 __all__ = ["FORMATS", "Finished", "Limits", "RefusedError", "Step", "StoppedError", "Studio", "TemporaryFolder"]
 
@@ -45,6 +49,8 @@ _SHOWN_SIDE = 2560  # Of the copies that the page shows, in pixels; downloads ha
 _SHOWN_QUALITY = 92
 _SWEEP_SECONDS = 20.0
 _MAX_SCALE_OF_A_PASS = 8 * 2**0.5  # As in pipeline.py: beyond it, passes of 4 come first.
+_MOST_ENLARGED = 64  # As in canvas.py.
+_LEAST_SIDE = 64  # Thinner pictures are filled up to about this side while they are worked on.
 
 
 class StoppedError(Exception):
@@ -180,9 +186,10 @@ class TemporaryFolder:
         """
         now = time.time() if now is None else now
         files = []
-        for path in self.path.rglob("*"):
-            with _vanishing():
-                if path.is_file() and not path.is_relative_to(self.kept):
+        # Unlike `rglob`, this goes on where a folder vanishes while it is listed.
+        for folder, _, names in os.walk(self.path):
+            for path in (Path(folder, name) for name in names if not Path(folder).is_relative_to(self.kept)):
+                with _vanishing():
                     facts = path.stat()
                     files.append((facts.st_mtime, facts.st_size, path))
         total = sum(size for _, size, _ in files)
@@ -199,7 +206,8 @@ class TemporaryFolder:
 
     def _sweep_again(self) -> None:
         while not self._ended.wait(_SWEEP_SECONDS):
-            self.sweep()
+            with _vanishing():
+                self.sweep()
 
 
 @contextmanager
@@ -337,6 +345,9 @@ class Studio:
         try:
             picture, suffix = self._read(data, name)
             target = self._check_output(picture, settings)
+            final = settings.size if settings.crop and settings.size is not None else target
+            wanted = _task(picture, self.folder.path, _stem(name), form or suffix, settings.num_samples)
+            check_room(wanted, final, picture.bits)
             passes = _passes(picture.size, target)
             total, seen = passes * self._steps_of(settings), 0
 
@@ -357,9 +368,11 @@ class Studio:
         folder = self.folder.make()
         try:
             return self._write(folder, picture, settings, result, _stem(name), form or suffix, started)
-        except (ValueError, OSError) as error:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise RefusedError(_sentence(error)) from error
+            if isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
+                raise RefusedError(_sentence(error)) from error
+            raise
 
     def _read(self, data: bytes, name: str) -> tuple[LoadedImage, str]:
         """The photo, and the ending that its format is written with."""
@@ -371,7 +384,7 @@ class Studio:
             )
         suffix = ".png"
         try:
-            with open_picture(data, shown) as header:
+            with open_picture(data, shown, sys.maxsize) as header:
                 suffix = _SUFFIX_OF.get(header.format or "", ".png")
                 pixels = header.width * header.height
         except (*DECODE_ERRORS, Warning):
@@ -383,7 +396,7 @@ class Studio:
                 f"{self.limits.pixels / 1e6:g}; make it smaller first."
             )
         try:
-            return load_image(data, shown), suffix
+            return load_image(data, shown, max_pixels=self.limits.pixels), suffix
         except ImageReadError as error:
             raise RefusedError(str(error)) from error
 
@@ -393,14 +406,26 @@ class Studio:
         scale = settings.scale
         if settings.size is not None:
             shares = settings.size[0] / width, settings.size[1] / height
+            if max(shares) > _MOST_ENLARGED:
+                raise RefusedError(
+                    f"The size is {max(shares):.3g} times that of the photo, and {_MOST_ENLARGED} times is the most; "
+                    "choose a smaller size."
+                )
             scale = max(shares) if settings.crop else min(shares)
         target = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = target[0] * target[1] * settings.num_samples
-        if pixels > self.limits.pixels:
-            samples = "" if settings.num_samples == 1 else f" in {settings.num_samples} samples"
+        count = settings.num_samples
+        least = min(_LEAST_SIDE, math.isqrt(self.limits.pixels // count))
+        filled = max(target[0], least), max(target[1], least)
+        if filled[0] * filled[1] * count > self.limits.pixels:
+            how = " before it is cut" if settings.crop else ""
+            how += f", filled up to {filled[0]} x {filled[1]}" if min(target) < least else ""
+            how += "" if count == 1 else f" in {count} samples"
+            way_out = "give a smaller photo"
+            if scale > 1 or count > 1:
+                way_out = "choose a smaller scale or size, or fewer samples"
             raise RefusedError(
-                f"The result would have {target[0]} x {target[1]} pixels{samples}, and this page makes at most "
-                f"{self.limits.pixels / 1e6:g} megapixels at once; choose a smaller scale or fewer samples."
+                f"The result would have {target[0]} x {target[1]} pixels{how}, and this page makes at most "
+                f"{self.limits.pixels / 1e6:g} megapixels at once; {way_out}."
             )
         return target
 
@@ -418,13 +443,7 @@ class Studio:
         if suffix == ".jpg" and picture.alpha is not None:
             notes.append("JPEG has no transparency, so the picture was laid over white.")
         count = len(result.images)
-        numbers = [""] if count == 1 else [f"-{index + 1}" for index in range(count)]
-        task = Task(
-            source=Path(picture.name),
-            targets=tuple(folder / f"{stem}-restored{number}{suffix}" for number in numbers),
-            detail_maps=tuple(folder / f"{stem}-invented{number}.png" for number in numbers),
-            uncertainty_map=None if result.uncertainty is None else folder / f"{stem}-uncertainty.png",
-        )
+        task = _task(picture, folder, stem, suffix, count)
         shown: list[Path] = []
         output_size = picture.size
         for path, image, record in pictures_to_write(self.pipe, self._model_hash, task, picture, result, settings):
@@ -446,6 +465,17 @@ class Studio:
             settings=result.settings,
             notes=tuple(notes),
         )
+
+
+def _task(picture: LoadedImage, folder: Path, stem: str, suffix: str, count: int) -> Task:
+    """The files of `count` samples."""
+    numbers = [""] if count == 1 else [f"-{index + 1}" for index in range(count)]
+    return Task(
+        source=Path(picture.name),
+        targets=tuple(folder / f"{stem}-restored{number}{suffix}" for number in numbers),
+        detail_maps=tuple(folder / f"{stem}-invented{number}.png" for number in numbers),
+        uncertainty_map=None if count == 1 else folder / f"{stem}-uncertainty.png",
+    )
 
 
 def _check(stop: threading.Event | None) -> None:

@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from latentindigo.jobs import MAP_GAIN
 from latentindigo.web_jobs import Finished, Step
@@ -19,6 +20,7 @@ __all__ = [
     "ABOUT_UNCERTAINTY",
     "HEAD",
     "INTRODUCTION",
+    "address",
     "compare",
     "downloads",
     "failed",
@@ -86,13 +88,13 @@ def compare(result: Finished) -> str:
         HTML.
     """
     width, height = result.output_size
-    addresses = [_address(path) for path in result.shown_after]
+    addresses = [address(path) for path in result.shown_after]
     choice = ""
     if len(addresses) > 1:
         first = result.settings["seed"]
         options = "".join(
-            f"<option value='{address}'>Sample {index + 1} (seed {first + index})</option>"
-            for index, address in enumerate(addresses)
+            f"<option value='{place}'>Sample {index + 1} (seed {first + index})</option>"
+            for index, place in enumerate(addresses)
         )
         choice = (
             "<label class='li-choice'>Shown sample <select onchange=\"this.closest('figure')."
@@ -102,7 +104,7 @@ def compare(result: Finished) -> str:
         f"<figure class='li-figure li-compare' style='--at:50%'>{choice}"
         f"<div class='li-frame' style='--ratio:{width / height:.5f}'>"
         f"<img class='li-after' src='{addresses[0]}' alt='Restored photo'>"
-        f"<img class='li-before' src='{_address(result.shown_before)}' alt='The photo as it was, enlarged'>"
+        f"<img class='li-before' src='{address(result.shown_before)}' alt='The photo as it was, enlarged'>"
         "<span class='li-tag li-left' aria-hidden='true'>before</span>"
         "<span class='li-tag li-right' aria-hidden='true'>after</span>"
         "<span class='li-line' aria-hidden='true'></span>"
@@ -131,7 +133,7 @@ def maps(paths: Sequence[Path], name: str, absent: str = "") -> str:
     for index, path in enumerate(paths):
         caption = f"<figcaption>Sample {index + 1}</figcaption>" if len(paths) > 1 else ""
         figures.append(
-            f"<figure class='li-figure'><img class='li-map' src='{_address(path)}' "
+            f"<figure class='li-figure'><img class='li-map' src='{address(path)}' "
             f"alt='{html.escape(name)}, sample {index + 1}'>{caption}</figure>"
         )
     return "".join(figures)
@@ -154,16 +156,16 @@ def downloads(result: Finished) -> str:
     ]
     rows += [] if result.uncertainty is None else [("Map of uncertainty", result.uncertainty)]
     items = "".join(
-        f"<li><a href='{_address(path)}' download='{html.escape(path.name, quote=True)}'>{what}</a> "
+        f"<li><a href='{address(path)}' download='{html.escape(path.name, quote=True)}'>{what}</a> "
         f"<span>{path.suffix[1:].upper()}, {max(1, round(path.stat().st_size / 1000))} kB</span></li>"
         for what, path in rows
     )
     return f"<section class='li-downloads' aria-label='Download'><h2>Download</h2><ul>{items}</ul></section>"
 
 
-def _address(path: Path) -> str:
+def address(path: Path) -> str:
     """Where the page finds a file of the temporary folder; relative, so that it holds behind a proxy too."""
-    return html.escape(f"gradio_api/file={path.as_posix()}", quote=True)
+    return f"gradio_api/file={quote(path.as_posix())}"  # Nothing is left in it that HTML would have to escape.
 
 
 _CSS = """

@@ -23,7 +23,15 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from latentindigo import images, opening
-from latentindigo.images import ImageReadError, LoadedImage, list_images, load_image, read_metadata, save_image
+from latentindigo.images import (
+    ImageReadError,
+    LoadedImage,
+    encode_image,
+    list_images,
+    load_image,
+    read_metadata,
+    save_image,
+)
 from latentindigo.safe_files import printable
 
 WIDTH, HEIGHT = 48, 32
@@ -506,6 +514,32 @@ def test_the_first_of_several_pictures_counts(form: str) -> None:
     with pytest.warns(UserWarning, match="holds several pictures; all but the first are left out"):
         image = load_image(data)
     assert distance(image, first) < 0.06 < distance(image, second)
+
+
+def test_a_profile_of_lab_does_not_stay_on_what_is_rgb_by_now() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    data = file_bytes(Image.new("LAB", (8, 8), (128, 128, 128)), "TIFF", icc_profile=profile)
+    assert load_image(data).icc is None
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("comment", [7, (1, 2), 0.5], ids=str)
+def test_a_comment_that_is_no_text_is_left_out(comment: Any, suffix: str) -> None:
+    """One such photo would end a run of thousands, for no decoder is to blame for what happens when it is written."""
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    picture = load_image(file_bytes(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    assert read_metadata(encode_image(picture, f"a{suffix}", metadata={"seed": 1})) == {"seed": 1}
+
+
+def test_a_pointer_in_the_wrong_place_does_not_spoil_the_result() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Interop] = 7
+    exif[ExifTags.Base.Make] = "Camera"
+    picture = load_image(file_bytes(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    written = load_image(encode_image(picture, "a.tif", metadata={"seed": 1}))
+    assert written.exif is not None
+    assert b"Camera" in written.exif
 
 
 def test_unusual_modes() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentindigo.web_guard import QUEUE_FULL, Guard, NotYoursError, Tickets
+from latentindigo.web_guard import QUEUE_FULL, Guard, Listeners, NotYoursError, Tickets
 
 UPLOAD_BYTES = 1000
 MINE, OTHER, SHARED = "/folder/mine.png", "/folder/other.png", "/folder/example.png"
@@ -120,6 +121,7 @@ class Door:
 
     def __init__(self, folder: Path) -> None:
         self.inner = Inner()
+        self.folder = folder
         self.tickets = Tickets([SHARED])
         self.guard = Guard(self.inner, folder=folder, upload_bytes=UPLOAD_BYTES, tickets=self.tickets)
 
@@ -228,6 +230,7 @@ def test_only_files_of_the_folder_are_served(door: Door, tmp_path: Path) -> None
         f"{served}/link",
         f"{served}",
         f"{served}/gone.png",
+        f"{served}/{'a' * 300}.png",
         f"{served}/result.png\0",
     ):
         assert door.ask("GET", f"/gradio_api/file={named}")[0] == 403, named
@@ -280,6 +283,70 @@ def test_a_full_queue_is_said_politely(door: Door, header: str, status: int) -> 
     body = json.dumps({"data": [], "session_hash": "a"}).encode()
     got, answer, _ = door.ask("POST", "/gradio_api/queue/join", body, {"sec-fetch-mode": header})
     assert (got, json.loads(answer)["detail"]) == (status, QUEUE_FULL)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/gradio_api/heartbeat/abc"),
+        ("POST", "/gradio_api/cancel"),
+        ("POST", "/gradio_api/reset"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/call/restore"),
+    ],
+)
+def test_where_gradio_asks_for_no_password_the_guard_does(door: Door, method: str, path: str) -> None:
+    body = json.dumps({"data": [file_of(MINE)], "session_hash": "thief"}).encode()
+    door.tickets.issue(MINE)
+    door.inner.status = 401  # What `login_check` answers to strangers.
+    guard = Guard(door.inner, folder=door.folder, upload_bytes=UPLOAD_BYTES, tickets=door.tickets, locked=True)
+    door.guard = guard
+    assert door.ask(method, path, body if method == "POST" else b"")[0] == 401
+    assert [seen for seen, _ in door.inner.seen] == ["/gradio_api/login_check"]
+    door.inner.status = 200
+    assert door.ask(method, path, body.replace(b"thief", b"me") if method == "POST" else b"")[0] == 200, "a ticket went"
+    assert door.inner.seen[-1][0] == path
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:7860", 200),
+        ("localhost", 200),
+        ("[::1]:7860", 200),
+        ("127.0.0.1.example.org", 403),
+        ("example.org:7860", 403),
+        ("", 403),
+    ],
+)
+def test_a_foreign_name_that_leads_here_is_refused(door: Door, host: str, status: int) -> None:
+    assert door.ask("GET", "/config", headers={"host": host})[0] == 200, "served to others too"
+    door.guard = Guard(door.inner, folder=door.folder, upload_bytes=UPLOAD_BYTES, tickets=door.tickets, local=True)
+    assert door.ask("GET", "/config", headers={"host": host})[0] == status
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_listens_is_known_while_the_stream_is_open(door: Door, fails: bool) -> None:
+    listeners = Listeners()
+    heard: list[tuple[bool, bool]] = []
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        with listeners.listening("a b"):  # A second stream of the same session ends before the first.
+            pass
+        heard.append(("a b" in listeners, "other" in listeners))
+        if fails:
+            raise OSError("the connection broke")
+
+    guard = Guard(stream, folder=door.folder, upload_bytes=1, tickets=door.tickets, listeners=listeners)
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/queue/data", "query_string": b"session_hash=a+b"}
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    with contextlib.suppress(OSError):
+        asyncio.run(guard({**scope, "headers": []}, nothing, nothing))
+    assert heard == [(True, False)]
+    assert "a b" not in listeners
 
 
 def test_the_page_names_no_other_host(door: Door) -> None:

@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import io
 import os
+import shutil
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
+from latentindigo import web_jobs, web_parts
 from latentindigo.images import LoadedImage, load_image, read_metadata, save_image
 from latentindigo.jobs import MAP_GAIN, RestoreSettings, restore_file
 from latentindigo.pipeline import RestorationPipeline
@@ -158,6 +162,13 @@ def test_a_name_leads_nowhere(studio: Studio, name: str) -> None:
         assert len(path.name) < 100
 
 
+def test_an_address_survives_a_temporary_folder_of_any_name() -> None:
+    place = Path("/tmp/it's #1 50%/x?.png")  # noqa: S108
+    address = web_parts.address(place)
+    assert set("#?' ").isdisjoint(address)
+    assert unquote(address) == f"gradio_api/file={place}"
+
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -176,14 +187,33 @@ def bomb() -> bytes:
         (b"", SMALL, "'holiday.png' is empty"),
         (encoded("JPEG", size=(60, 60))[:500], SMALL, "'holiday.png' is damaged, cut short"),
         (bytes(300_000), SMALL, "0.286 MB, and this page takes at most 0.191 MB"),
-        (bomb(), SMALL, "has 20000x20000 pixels, more than"),
+        (bomb(), SMALL, "has 400 megapixels, and this page takes at most 0.1; make it smaller"),
         (encoded("JPEG", size=(400, 300)), SMALL, "has 0.12 megapixels, and this page takes at most 0.1"),
         (encoded("PNG", size=(30, 30)), RestoreSettings(scale=16), "480 x 480 pixels, and this page makes"),
         (encoded("PNG"), RestoreSettings(scale=8, num_samples=5), "in 5 samples, and this page makes"),
-        (encoded("PNG"), RestoreSettings(size=(4000, 4000), crop=True), "5000 x 4000 pixels"),
+        (encoded("PNG"), RestoreSettings(size=(800, 800), crop=True), "1000 x 800 pixels before it is cut"),
+        (encoded("PNG"), RestoreSettings(size=(1300, 16)), "65 times that of the photo.*choose a smaller size"),
+        (encoded("PNG", size=(1, 2000)), SMALL, "2 x 4000 pixels, filled up to 64 x 4000, and this page makes"),
+        (encoded("PNG", size=(1, 2000)), RestoreSettings(scale=1), "at once; give a smaller photo"),
+        (encoded("PNG", size=(2000, 1)), RestoreSettings(scale=1, num_samples=2), "filled up to .* in 2 samples"),
         (encoded("PNG"), RestoreSettings(prompt="a cat"), "takes no text"),
     ],
-    ids=["text", "empty", "cut", "bytes", "bomb", "pixels", "scale", "samples", "size", "prompt"],
+    ids=[
+        "text",
+        "empty",
+        "cut",
+        "bytes",
+        "bomb",
+        "pixels",
+        "scale",
+        "samples",
+        "crop",
+        "size",
+        "thin",
+        "only thin",
+        "thins",
+        "prompt",
+    ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
     studio: Studio, data: bytes, settings: RestoreSettings, sentence: str
@@ -192,6 +222,47 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
         studio.restore(data, "../holiday.png", settings)
     assert "\n" not in str(refusal.value)
     assert str(studio.folder.path) not in str(refusal.value)
+    assert left(studio) == []
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+def test_the_limit_of_pixels_is_that_of_the_upright_photo(studio: Studio, turned: int) -> None:
+    """300 x 200 pixels stand for 60000 either way, and a size in pixels is that of what people see."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    data = encoded("JPEG", size=(30, 20), exif=exif)
+    finished = studio.restore(data, "a.jpg", RestoreSettings(size=(300, 300), steps=1))
+    assert finished.output_size == ((300, 200) if turned == 1 else (200, 300))
+    with pytest.raises(RefusedError, match="500 x 333" if turned == 1 else "333 x 500"):
+        studio.restore(data, "a.jpg", RestoreSettings(size=(500, 500)))
+
+
+def test_what_the_format_cannot_hold_is_refused_before_it_is_computed(
+    tiny_pipeline: RestorationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_jobs, "restore_picture", lambda *_, **__: pytest.fail("it was computed"))
+    limits = Limits(pixels=2_000_000)
+    with TemporaryFolder(limits) as folder:
+        studio = make_studio(tiny_pipeline, folder, PageSettings(limits=limits))
+        with pytest.raises(RefusedError, match="WebP holds at most 16383 a side"):
+            studio.restore(encoded("PNG", size=(9000, 3)), "a.png", SMALL, ".webp")
+        free: Any = SimpleNamespace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+        with pytest.raises(RefusedError, match="disk of the server may be full"):
+            studio.restore(encoded("PNG"), "a.png", SMALL)
+        studio.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("bug")])
+def test_nothing_is_left_of_a_result_that_cannot_be_written(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(web_jobs, "_show", fail)
+    with pytest.raises(RefusedError if isinstance(error, RuntimeError) else KeyError):
+        studio.restore(encoded("PNG"), "a.png", SMALL)
     assert left(studio) == []
 
 
@@ -334,6 +405,40 @@ def test_old_files_go_and_kept_ones_stay(tmp_path: Path) -> None:
         folder.sweep(now=time.time() + 1000)
         assert [path.exists() for path in (young, young.parent, old.parent, kept)] == [False, False, False, True]
     assert not folder.path.exists()
+
+
+def test_sweeping_goes_on_where_a_folder_vanishes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio and failed restorations delete folders of their own while the sweeper looks into them."""
+    scandir = os.scandir
+    with TemporaryFolder(Limits(keep_seconds=100)) as folder:
+        gone = folder.make()
+        old = folder.make() / "old.png"
+        old.write_bytes(b"x")
+        os.utime(old, (time.time() - 200, time.time() - 200))
+
+        def vanishing(path: Any) -> Any:
+            if Path(path) == gone:
+                gone.rmdir()
+            return scandir(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", vanishing)
+            folder.sweep()
+        assert (gone.exists(), old.exists()) == (False, False)
+
+
+def test_a_sweep_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_jobs, "_SWEEP_SECONDS", 0.01)
+    swept: list[int] = []
+
+    def failing(_: TemporaryFolder) -> None:
+        swept.append(1)
+        raise FileNotFoundError("gone meanwhile")
+
+    monkeypatch.setattr(TemporaryFolder, "sweep", failing)
+    with TemporaryFolder(Limits()):
+        time.sleep(0.3)
+    assert len(swept) > 2
 
 
 def test_too_many_files_push_out_the_oldest() -> None:

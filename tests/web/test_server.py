@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +21,7 @@ from PIL import Image
 
 from latentindigo.images import read_metadata
 from latentindigo.web_guard import QUEUE_FULL
-from web_page import Page, Starter, photo, until
+from web_page import SOURCE, Page, Starter, photo, until
 
 pytestmark = pytest.mark.web
 
@@ -45,10 +49,10 @@ def file_of(path: str, **more: Any) -> dict[str, Any]:
     return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
 
 
-def function_of(page: Page) -> int:
-    """The number under which Gradio knows the API's function."""
+def function_of(page: Page, name: str = "restore") -> int:
+    """The number under which Gradio knows a function, the API's or the button's."""
     config = httpx.get(f"{page.url}config").json()
-    return next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "restore")
+    return next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == name)
 
 
 def join(page: Page, data: list[Any], session: str) -> httpx.Response:
@@ -90,7 +94,7 @@ def test_the_client_gets_pictures_maps_and_settings(page: Page, client: Client, 
 @pytest.mark.parametrize(
     ("data", "settings", "sentence"),
     [
-        (b"text", {}, "is no picture"),
+        (b"text", {}, "is no picture: it holds text"),
         (photo(24), {"scale": 17}, "17"),
         (photo(24), {"preset": "bold"}, "bold"),
         (photo(24), {"width": 40}, "width and a height"),
@@ -105,6 +109,12 @@ def test_the_client_is_told_what_is_wrong(
     (tmp_path / "cat.png").write_bytes(data)
     with pytest.raises((AppError, ValueError), match=sentence):
         client.predict(photo=handle_file(tmp_path / "cat.png"), **settings, api_name="/restore")
+
+
+def test_a_format_that_is_left_open_is_the_photo_s(page: Page) -> None:
+    assert join(page, [file_of(upload(page, photo(16))), *SETTINGS[:-1], None], "open").status_code == 200
+    found = outcome(page, "open")
+    assert found["success"], found["output"]
 
 
 # ----------------------------------------------------------------------------------------------- clients that mean harm
@@ -195,10 +205,41 @@ def test_a_full_queue_is_refused_politely_and_a_visitor_who_left_makes_room(
     page.stop()
 
 
+def test_who_does_not_listen_is_not_told_and_holds_no_place(page: Page, tmp_path: Path) -> None:
+    """Gradio keeps every message until it is fetched, and pictures of steps would soon fill the memory."""
+    (tmp_path / "cat.png").write_bytes(photo(16))
+    texts = {}
+    for session, mute in (("mute", True), ("heard", False)):
+        data = [file_of(upload(page, photo(64))), 4, *SETTINGS[1:]]
+        body = {"data": data, "fn_index": function_of(page, "page"), "session_hash": session}
+        assert httpx.post(f"{page.url}gradio_api/queue/join", json=body).status_code == 200
+        if mute:  # The next in the queue gets its turn all the same.
+            connect(page, tmp_path).predict(photo=handle_file(tmp_path / "cat.png"), scale=1, api_name="/restore")
+        with httpx.stream("GET", f"{page.url}gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+            texts[session] = "".join(itertools.takewhile(lambda line: "close_stream" not in line, lines.iter_lines()))
+    assert "Restored photo" in texts["mute"]
+    assert "data:image" not in texts["mute"]
+    assert texts["heard"].count("data:image") > 2
+
+
 def test_a_password_is_asked_for(start_page: Starter, tmp_path: Path) -> None:
     page = start_page("--host", "127.0.0.1", environment={"LATENTINDIGO_AUTH": "anna:secret"})
     assert httpx.post(f"{page.url}gradio_api/upload", files={"files": ("a.png", photo(16))}).status_code == 401
-    assert httpx.get(f"{page.url}gradio_api/info").status_code == 401
+    assert httpx.get(page.url).status_code == 200, "the page that asks for it"
+    example = next(page.temporary.rglob("kept/*.*"))
+    for path in (
+        "config",
+        "gradio_api/info",
+        "gradio_api/queue/status",
+        "gradio_api/heartbeat/a",
+        "gradio_api/call/a/b",
+    ):
+        assert httpx.get(page.url + path).status_code == 401, path
+    for path in (f"gradio_api/file={example}", "gradio_api/queue/data?session_hash=a", "gradio_api/upload_progress"):
+        assert httpx.get(page.url + path).status_code == 401, path
+    for path in ("queue/join", "call/restore", "cancel", "reset"):
+        call = {"data": [file_of(str(example)), *SETTINGS], "fn_index": 0, "session_hash": "a", "event_id": "b"}
+        assert httpx.post(f"{page.url}gradio_api/{path}", json=call).status_code == 401, path
     (tmp_path / "cat.png").write_bytes(photo(16))
     with pytest.raises(Exception, match="[Ll]ogin|[Cc]redentials|auth"):
         connect(page, tmp_path, auth=("anna", "wrong"))
@@ -212,6 +253,17 @@ def test_an_open_door_is_warned_of(start_page: Starter) -> None:
     assert page.said.count("warning:") == 1
     assert "--auth asks for a password" in page.said
     page.stop()
+
+
+def test_an_end_while_the_model_is_loaded_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\n"
+        "from latentindigo.web import PageSettings, serve\n"
+        "serve(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)), PageSettings(port=0))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_end_stops_the_work_and_leaves_nothing_behind(start_page: Starter) -> None:
