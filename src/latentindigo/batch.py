@@ -46,6 +46,7 @@ from latentindigo.batch_records import (
     sha256,
     write_manifest,
 )
+from latentindigo.failures import failure_kind
 from latentindigo.filters import resize
 from latentindigo.images import (
     READ_SUFFIXES,
@@ -59,7 +60,6 @@ from latentindigo.jobs import (
     Restoration,
     Restorer,
     RestoreSettings,
-    failure_kind,
     pictures_to_write,
     resolve_settings,
     restore_picture,

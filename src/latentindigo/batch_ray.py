@@ -27,7 +27,8 @@ from typing import Any
 
 from latentindigo.batch import BatchJob, Item, Worker
 from latentindigo.batch_records import Row
-from latentindigo.jobs import failure_kind, load_pipeline
+from latentindigo.failures import failure_kind
+from latentindigo.jobs import load_pipeline
 from latentindigo.planning import Task
 
 __all__ = ["RayEngine"]

@@ -94,7 +94,7 @@ def exit_codes(console: Console, **codes: ExitCode) -> Iterator[None]:
         console: Where the line goes.
         **codes: Exit codes of built-in exceptions, by name, where they differ from `SOME_FAILED`.
     """
-    from latentindigo.jobs import failure_kind
+    from latentindigo.failures import failure_kind
 
     by_kind = {"memory": ExitCode.RESOURCES, "disk": ExitCode.RESOURCES, "model": ExitCode.MODEL}
     try:

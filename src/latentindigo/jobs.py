@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentindigo import __version__
-from latentindigo.canvas import SMALLEST_TILE, centre_crop, is_out_of_memory, output_size
+from latentindigo.canvas import SMALLEST_TILE, centre_crop, output_size
+from latentindigo.failures import FAILURES, failure_kind, say_failure
 from latentindigo.images import LoadedImage, load_image, pil_resize, save_image
 from latentindigo.model_folder import model_folder
 from latentindigo.planning import Task
 from latentindigo.quick_import import import_diffusers
-from latentindigo.safe_files import explain, make_folder, printable
+from latentindigo.safe_files import make_folder
 from latentindigo.targets import FullDisks, check_names, check_room
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Restoration",
     "RestoreSettings",
     "Restorer",
-    "failure_kind",
     "fast_dtype",
     "load_pipeline",
     "pictures_to_write",
@@ -46,7 +45,6 @@ __all__ = [
     "restore_file",
     "restore_files",
     "restore_picture",
-    "say_failure",
 ]
 
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
@@ -61,10 +59,6 @@ _METHODS = (None, "latent-inn", "pixel-inn", "unguided")
 _UPDATES = (None, "projection", "stopped", "through")
 _INITS = (None, "estimator", "encode", "inverse", "noise")
 _SCHEDULERS = ("model", "ddim", "dpm++", "unipc", "euler", "lcm")
-
-# What reading, restoring and writing one picture may raise because of that picture or its place on the disk. Anything
-# else is a mistake in this package, and its traceback must reach the user.
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ImportError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,7 +432,7 @@ def restore_files(
             picture = load_image(task.source)
             target_size = _size_of_result(picture, settings)
             check_room(task, target_size, picture.bits, full)
-        except _FAILURES as error:
+        except FAILURES as error:
             yield _failed(task, error, started)
             continue
         if pipe is None:
@@ -449,7 +443,7 @@ def restore_files(
         step = None if on_step is None else _for_task(on_step, task)
         try:
             outcome = _restore(pipe, model_hash, task, picture, settings, overwrite, step, started)
-        except _FAILURES as error:
+        except FAILURES as error:
             outcome = _failed(task, error, started)
             if outcome.kind == "disk":
                 full.note(task, target_size[0] * target_size[1])
@@ -620,46 +614,6 @@ def _map_picture(values: Float[Tensor, "*c h w"]) -> LoadedImage:
     plane = values.detach().to("cpu", torch.float32)
     plane = plane.reshape(-1, *plane.shape[-2:]).mean(0, keepdim=True) * MAP_GAIN
     return LoadedImage(plane.clamp(0, 1).expand(3, -1, -1).contiguous(), mode="L", bits=16)
-
-
-# --------------------------------------------------------------------------------------------------------- failures
-
-
-def failure_kind(error: BaseException) -> str:
-    """Say what a failure was about.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        "memory", "disk", "model" (it cannot be loaded) or, for anything else, "input".
-    """
-    if is_out_of_memory(error):
-        return "memory"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk"
-    if not isinstance(error, RuntimeError):
-        return "input"
-    from latentindigo.pipeline import ModelLoadError  # late, for the reason given in load_pipeline
-
-    return "model" if isinstance(error, ModelLoadError) else "input"
-
-
-def say_failure(error: BaseException) -> str:
-    """Say in one line why a picture failed, for the person who wanted it.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        One sentence.
-    """
-    message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        message = f"'{error.filename}' {error.strerror}" if error.filename else explain(error)
-    if failure_kind(error) == "memory":
-        message = f"out of memory; a smaller --tile, --scale or --num-samples needs less ({message})"
-    return printable(message).rstrip(".") + "."
 
 
 def _failed(task: Task, error: BaseException, started: float) -> Outcome:

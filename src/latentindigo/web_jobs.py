@@ -27,15 +27,14 @@ from typing import Any
 
 from PIL import Image
 
+from latentindigo.failures import failure_kind, say_failure
 from latentindigo.images import ImageReadError, LoadedImage, load_image, save_image, to_pil
 from latentindigo.jobs import (
     Restoration,
     Restorer,
     RestoreSettings,
-    failure_kind,
     pictures_to_write,
     restore_picture,
-    say_failure,
 )
 from latentindigo.opening import DECODE_ERRORS, open_picture
 from latentindigo.planning import Task

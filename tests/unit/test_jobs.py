@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fakes import FakeOutput, FakePipe, ramp, written
 from latentindigo import jobs
+from latentindigo.failures import failure_kind
 from latentindigo.guidance import UPDATES
 from latentindigo.images import LoadedImage, load_image, read_metadata
-from latentindigo.jobs import RestoreSettings, failure_kind, fast_dtype, restore_file, restore_files
+from latentindigo.jobs import RestoreSettings, fast_dtype, restore_file, restore_files
 from latentindigo.pipeline import ModelLoadError, RestorationPipeline
 from latentindigo.planning import Task, plan_tasks
 from latentindigo.presets import INITS, METHODS, PRESETS
