@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from latentindigo.cli_options import (
+    DtypeOption,
+    GuidanceVaeOption,
+    LatentInnOption,
+    PriorConfigOption,
+    PriorOption,
+)
 from latentindigo.command import (
-    INPUT,
     SPEED,
     DeviceOption,
     ExitCode,
@@ -28,45 +34,12 @@ _SERVER, _LIMITS = "Server", "Limits"
 def web_app(
     *,
     model: ModelOption = "embedded",
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Another latent diffusion model to sample with: a folder, a hub id or a .safetensors file.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    prior_config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="With a --prior of one file: its configurations, in diffusers' layout, so that none is fetched.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    guidance_vae: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A cheap autoencoder (AutoencoderTiny) for guidance in image space: a folder or a hub id.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    latent_inn: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Latent network for the prior's autoencoder, from `latentindigo train latent-inn --prior`.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    prior: PriorOption = None,
+    prior_config: PriorConfigOption = None,
+    guidance_vae: GuidanceVaeOption = None,
+    latent_inn: LatentInnOption = None,
     device: DeviceOption = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            help="Numbers the networks compute with.", show_default="bfloat16 where it is fast", rich_help_panel=SPEED
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
     concurrency: Annotated[
         int,

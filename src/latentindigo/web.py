@@ -249,7 +249,7 @@ def make_app(studio: Studio, settings: PageSettings) -> Guard:
         listeners=listeners,
         locked=settings.auth is not None,
         # A proxy in front may well use another name; who lets others in sets a password.
-        local=settings.auth is None and settings.host in ("127.0.0.1", "::1", "localhost"),
+        local=settings.auth is None and settings.is_local,
     )
 
 
