@@ -17,6 +17,10 @@ from latentindigo.model_folder import model_folder
 __all__ = ["WithWeights", "describe_installation"]
 
 
+# Packages behind the extras of pyproject.toml that somebody who restores may want, by the names they are imported by.
+_OPTIONAL = ("gradio", "pillow_heif", "pyarrow", "pyiqa", "ray", "s3fs", "spandrel", "transformers")
+
+
 @runtime_checkable
 class WithWeights(Protocol):
     """Anything that can hash its weights, such as a `RestorationPipeline`."""
@@ -49,7 +53,7 @@ def describe_installation(model: str, load: Callable[[str], WithWeights]) -> dic
         "devices": _devices(),
         "dtypes": _dtypes(),
         "threads": torch.get_num_threads(),
-        "optional": {name: find_spec(name) is not None for name in ("gradio", "ray", "lpips", "spandrel")},
+        "optional": {name: find_spec(name) is not None for name in _OPTIONAL},
     }
 
 
