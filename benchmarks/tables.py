@@ -356,6 +356,39 @@ def fuzz(results: Sequence[dict[str, Any]]) -> str:
     return f"{head}\n\n{table}\n\nRefused as: {named}."
 
 
+# --------------------------------------------------------------------------------------------- folders and the page
+
+SCALE = ("batch-kills", "batch-kills-ray", "batch-ray", "load-app")
+
+
+def scale(results: Sequence[dict[str, Any]]) -> str:
+    """Jobs that are killed, one worker against two, and many visitors at once."""
+    kills, engines, page = results[:2], results[2], results[3]["settings"]["app"]
+    rows = []
+    for result, what in zip(kills, ("`kill -9` of the job", "`kill -9` of a Ray actor"), strict=True):
+        facts = result["settings"]["facts"]
+        bad = [len(facts[name]) for name in ("missing", "damaged", "without_need", "stray")]
+        rows.append([what, *(str(number) for number in (facts["photos"], facts["kills"], *bad))])
+    killed = _table(["", "Photos", "Kills", "Missing", "Damaged", "Restored without need", "Stray files"], rows)
+    speeds = {entry["method"]: entry["photos_per_second"]["mean"] for entry in engines["summary"]}
+    same = engines["settings"]["facts"]["same_bytes_as_local"]
+    cluster = _table(
+        ["Engine", "Photos a second", "Bytes"],
+        [[name, f"{speed:.2f}", "the same" if same[name] else "others"] for name, speed in speeds.items()],
+    )
+    found = page["found"]
+    counts = [str(found[name]) for name in ("sent", "accepted", "answered", "refused politely", "wrong")]
+    memory = found["memory_mb"]
+    memories = [f"{memory[name]}" for name in ("start", "median of the second third", "median of the last third")]
+    head = ["Sent", "Accepted", "Answered", "Told that the queue is full", "Wrong answers", "MB at first", "MB midway"]
+    visitors = _table([*head, "MB at the end", "Most MB"], [[*counts, *memories, f"{memory['peak']}"]])
+    loaded = (
+        f"{page['clients']} visitors at once for {page['seconds']:g} seconds, {page['concurrency']} photos at a time, "
+        f"{page['queue']} waiting:"
+    )
+    return f"{killed}\n\n{cluster}\n\n{loaded}\n\n{visitors}"
+
+
 # Name of the place -> page, suites, and what makes the text of their results.
 PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]]], str]]] = {
     "results": (README, ("embedded",), lambda results: tables(results[0]["summary"])),
@@ -363,6 +396,7 @@ PLACES: dict[str, tuple[Path, tuple[str, ...], Callable[[Sequence[dict[str, Any]
     "ablations": (HERE / "README.md", ABLATIONS, ablations),
     "speed": (HERE / "README.md", SPEED_SUITES, speed),
     "fuzz": (HERE.parent / "docs" / "formats.md", ("fuzz-images",), fuzz),
+    "scale": (HERE / "README.md", SCALE, scale),
     "missed": (LIMITS, MISSED, missed),
     "costs": (LIMITS, ("speed-sizes",), costs),
 }

@@ -132,13 +132,13 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     name = printable(os.fspath(path))
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe, a socket or a device"
             raise ImageReadError(f"'{name}' is {kind}; give the file of a picture.")
         with open(path, "rb") as stream:
             # Asking for one byte more than the most would set aside room for all of them.
-            data = stream.read() if os.fstat(stream.fileno()).st_size <= MAX_FILE_BYTES else None
+            data = stream.read() if facts.st_size <= MAX_FILE_BYTES else None
     except OSError as error:
         raise ImageReadError(f"'{name}' cannot be read: {explain(error)}.") from error
     except ValueError as error:

@@ -347,7 +347,7 @@ def test_a_table_of_bars_says_which_are_met(monkeypatch: pytest.MonkeyPatch, roo
     assert (tmp_path / "2000-01-01-embedded-bars.md").read_text() == table
 
 
-@pytest.mark.parametrize("place", ["results", "comparison", "ablations", "speed", "fuzz", "missed", "costs"])
+@pytest.mark.parametrize("place", ["results", "comparison", "ablations", "speed", "fuzz", "scale", "missed", "costs"])
 def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     tables = importlib.import_module("tables")
@@ -360,6 +360,8 @@ def test_the_pages_show_the_newest_results(place: str, monkeypatch: pytest.Monke
         next(iter(results[0]["settings"]["bars"].values()))["measured"] += 1
     elif place == "fuzz":
         results[0]["rows"][0]["outcomes"]["crash"] += 1
+    elif place == "scale":
+        results[-1]["settings"]["app"]["found"]["wrong"] += 1
     elif place == "missed":
         next(bar for bar in results[-1]["settings"]["bars"].values() if bar["met"])["met"] = False
     elif place == "costs":

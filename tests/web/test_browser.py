@@ -128,6 +128,7 @@ def test_upload_restore_compare_download(tab: Any, tmp_path: Path) -> None:
     ):
         tab.get_by_role("tab", name=name).click()
         tab.get_by_text(sentence).wait_for(state="visible")
+        tab.locator(".li-map:visible").first.wait_for()  # The picture may come after its sentence.
         assert tab.locator(".li-map:visible").count() == count
     # Downloads hold the metadata of the photo and the settings of the restoration.
     links = tab.locator("#files a")
