@@ -154,7 +154,9 @@ class Kills:
             while process.poll() is None and (len(actors) < 1 or len(done) <= count):
                 time.sleep(0.05)
                 actors, done = actors_of(process.pid), self.compare(done)
-            time.sleep(self.random.uniform(0, 1.0))
+            # So that the photos last for all kills: one has been waited for, the other worker goes on meanwhile.
+            share = max(0.2, 0.7 * self.args.photos / self.args.kills - 1)
+            time.sleep(self.random.uniform(0, share * self.seconds_each()))
             actors = actors_of(process.pid)
             if process.poll() is not None or not actors:
                 say("the job ended before all kills")
