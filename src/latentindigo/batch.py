@@ -67,6 +67,7 @@ from latentindigo.jobs import (
 from latentindigo.metrics import round8
 from latentindigo.planning import Task, plan_folder
 from latentindigo.quality import Niqe, consistency
+from latentindigo.safe_files import explain
 from latentindigo.storage import KEPT, Entry, Folder, LocalFolder, open_folder, require_short_name
 
 __all__ = ["BatchJob", "Engine", "Item", "Worker", "list_items", "local_engine", "run_batch"]
@@ -480,7 +481,7 @@ def _failed(row: Row, error: Exception) -> Row:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"'{error.filename}' {error.strerror}" if error.filename else error.strerror
+        return f"'{error.filename}' {explain(error)}" if error.filename else explain(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -64,7 +64,8 @@ def explain(error: OSError) -> str:
     """
     said = error.strerror or str(error) or type(error).__name__
     advice = _WAYS_OUT.get(error.errno or 0)
-    return said if advice is None else f"{said}; {advice}"
+    # A sentence of this package's own has said its way out already.
+    return said if advice is None or "; " in said else f"{said}; {advice}"
 
 
 def nearest_folder(path: Path) -> Path:

@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_listed_is_named(album: Path, monkeypatch: pytes
     monkeypatch.setattr(LocalFolder, "entries", entries)
     rows = run(job_of(album))
     assert told(rows) == [*((name, "restored") for name in NAMES[:3]), ("trip/", "failed")]
-    assert "cannot be listed: 'trip' Permission denied" in rows[-1]["error"]
+    assert "cannot be listed: 'trip' Permission denied; change its permissions" in rows[-1]["error"]
 
 
 def test_a_file_without_permission(album: Path) -> None:
@@ -115,7 +115,8 @@ def test_a_file_without_permission(album: Path) -> None:
         finally:
             os.seteuid(user)
     assert told(rows)[:5] == [(name, "failed" if name == "b.png" else "restored") for name in NAMES]
-    assert (rows[2]["kind"], rows[2]["error"]) == ("io", f"'{job.source}/b.png' Permission denied")
+    assert rows[2]["kind"] == "io"
+    assert rows[2]["error"] == f"'{job.source}/b.png' Permission denied; change its permissions"
 
 
 def test_nobody_elses_file_is_replaced(album: Path) -> None:
