@@ -63,12 +63,14 @@ from latentindigo.jobs import (
     pictures_to_write,
     resolve_settings,
     restore_picture,
+    size_of_result,
 )
 from latentindigo.metrics import round8
 from latentindigo.planning import Task, plan_folder
 from latentindigo.quality import Niqe, consistency
 from latentindigo.safe_files import explain
 from latentindigo.storage import KEPT, Entry, Folder, LocalFolder, open_folder, require_short_name
+from latentindigo.targets import check_sides
 
 __all__ = ["BatchJob", "Engine", "Item", "Worker", "list_items", "local_engine", "run_batch"]
 
@@ -322,6 +324,7 @@ class Worker:
                 return record | {"status": "kept"}
             self._refuse_foreign(files, record)
             picture = load_image(data, item.source.rpartition("/")[2])
+            check_sides(item.task, size_of_result(picture, self.job.settings))
             row |= {"input_width": picture.size[0], "input_height": picture.size[1], "outputs": files}
             return _Read(item.task, row | {"seconds_read": time.perf_counter() - started}, picture)
         except Exception as error:

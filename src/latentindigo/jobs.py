@@ -45,6 +45,7 @@ __all__ = [
     "restore_file",
     "restore_files",
     "restore_picture",
+    "size_of_result",
 ]
 
 # Invented detail is mostly a few grey levels strong: maps are written brighter by this factor, always the same one, so
@@ -392,7 +393,7 @@ def restore_file(
     started = time.perf_counter()
     check_names(task, overwrite)
     picture = load_image(task.source)
-    check_room(task, _size_of_result(picture, settings), picture.bits)
+    check_room(task, size_of_result(picture, settings), picture.bits)
     return _restore(pipe, pipe.weights_hash(), task, picture, settings, overwrite, on_step, started)
 
 
@@ -430,7 +431,7 @@ def restore_files(
         try:
             check_names(task, overwrite)
             picture = load_image(task.source)
-            target_size = _size_of_result(picture, settings)
+            target_size = size_of_result(picture, settings)
             check_room(task, target_size, picture.bits, full)
         except FAILURES as error:
             yield _failed(task, error, started)
@@ -456,7 +457,8 @@ def _for_task(on_step: Callable[[Task, int], None], task: Task) -> Callable[[int
     return lambda done: on_step(task, done)
 
 
-def _size_of_result(picture: LoadedImage, settings: RestoreSettings) -> tuple[int, int]:
+def size_of_result(picture: LoadedImage, settings: RestoreSettings) -> tuple[int, int]:
+    """(width, height) of what settings make of a picture, before anything is computed."""
     if settings.crop and settings.size is not None:
         return settings.size
     return output_size(*picture.size, settings.scale, settings.size, settings.crop)

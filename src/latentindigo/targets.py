@@ -15,7 +15,7 @@ from pathlib import Path
 from latentindigo.planning import Task
 from latentindigo.safe_files import explain, nearest_folder
 
-__all__ = ["FullDisks", "check_names", "check_room"]
+__all__ = ["FullDisks", "check_names", "check_room", "check_sides"]
 
 # Longest side in pixels; the other formats hold more than fits into a computer's memory.
 _LONGEST_SIDE = {".jpg": ("JPEG", 65500), ".jpeg": ("JPEG", 65500), ".webp": ("WebP", 16383)}
@@ -72,6 +72,25 @@ def _refusal(number: int, path: Path) -> OSError:
     return OSError(number, f"cannot be written: {explain(OSError(number, os.strerror(number)))}", str(path))
 
 
+def check_sides(task: Task, size: tuple[int, int]) -> None:
+    """Refuse what the format cannot hold, before anything is computed.
+
+    Args:
+        task: The task; where it is written does not matter.
+        size: (width, height) of the results in pixels.
+
+    Raises:
+        ValueError: The format cannot hold a side as long.
+    """
+    for path in task.targets:
+        name, longest = _LONGEST_SIDE.get(path.suffix.lower(), ("", 0))
+        if longest and max(size) > longest:
+            raise ValueError(
+                f"'{path.name}' would have {size[0]}x{size[1]} pixels, and {name} holds at most {longest} a side; "
+                "name the result .png or .tif, or enlarge less"
+            )
+
+
 def check_room(task: Task, size: tuple[int, int], bits: int, full: FullDisks | None = None) -> None:
     """Refuse what the format or the disk cannot hold, before anything is computed.
 
@@ -85,15 +104,9 @@ def check_room(task: Task, size: tuple[int, int], bits: int, full: FullDisks | N
         ValueError: The format cannot hold a side as long.
         OSError: The disk has too little room; its number is that of a full disk.
     """
-    width, height = size
-    for path in task.targets:
-        name, longest = _LONGEST_SIDE.get(path.suffix.lower(), ("", 0))
-        if longest and max(size) > longest:
-            raise ValueError(
-                f"'{path.name}' would have {width}x{height} pixels, and {name} holds at most {longest} a side; "
-                "name the result .png or .tif, or enlarge less"
-            )
-    wanted = _least_bytes(task, width * height, bits)
+    check_sides(task, size)
+    pixels = size[0] * size[1]
+    wanted = _least_bytes(task, pixels, bits)
     free = _free_bytes(task)
     if free is not None and free < wanted:
         raise OSError(
@@ -103,7 +116,7 @@ def check_room(task: Task, size: tuple[int, int], bits: int, full: FullDisks | N
             str(task.targets[0]),
         )
     if full is not None:
-        full.refuse(task, width * height)
+        full.refuse(task, pixels)
 
 
 def _least_bytes(task: Task, pixels: int, bits: int) -> int:

@@ -317,6 +317,15 @@ def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
         load_image(Path(job.out, name))
 
 
+def test_what_the_format_cannot_hold_is_not_computed(album: Path) -> None:
+    written(album / "wide.webp", LoadedImage(ramp(2, 9000)))
+    pipe = FakePipe()
+    row = next(row for row in run(job_of(album), pipe) if row["input"] == "wide.webp")
+    assert (row["kind"], row["attempts"]) == ("input", 1)
+    assert "WebP holds at most 16383 a side" in row["error"]
+    assert len(pipe.calls) == len(NAMES), "an hour of work would have been thrown away"
+
+
 def test_a_file_that_is_too_large_is_not_read(album: Path) -> None:
     with open(album / "huge.png", "wb") as stream:
         stream.truncate(2**31 + 1)
